@@ -1,6 +1,6 @@
 //! What can go wrong, by what a caller would do about it.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use crate::{event::AccountId, money::Money, price::PriceBookHash};
 
@@ -13,7 +13,9 @@ pub enum BillingError {
     Migrate(#[from] sqlx::migrate::MigrateError),
     #[error("the billing database runs with {pragma} = {found}, which can lose money; open it with {needed}")]
     NotDurable { pragma: &'static str, found: i64, needed: &'static str },
-    #[error("the outbox {path} cannot be opened: check that the folder is writable and that no other server uses it")]
+    #[error(
+        "the outbox {path} cannot be opened: check that the folder is writable and that no other server uses it"
+    )]
     Outbox {
         path: String,
         #[source]
@@ -69,7 +71,7 @@ pub enum AdmitError {
 #[derive(Debug, thiserror::Error)]
 pub enum SettleError {
     #[error("the outbox did not take the bill")]
-    Outbox(#[source] sqlx::Error),
+    Outbox(#[source] Arc<sqlx::Error>),
     #[error("billing is closed")]
     Closed,
 }

@@ -233,10 +233,14 @@ mod tests {
 
     #[test]
     fn refuses_what_is_not_an_exact_amount() {
-        for text in ["", ".", "1.", ".5", "+1", "1e3", "1,000", " 1", "1.2.3", "--1", "$1", "\u{661}", "NaN"] {
+        for text in ["", ".", "1.", ".5", "+1", "1e3", "1,000", " 1", "1.2.3", "--1", "$1", "\u{661}", "NaN"]
+        {
             assert_eq!(Money::from_usd_str(text), Err(MoneyError::Malformed(text.into())), "{text:?}");
         }
-        assert!(matches!(Money::from_usd_str("0.0000000000001"), Err(MoneyError::TooFine { decimals: 12, .. })));
+        assert!(matches!(
+            Money::from_usd_str("0.0000000000001"),
+            Err(MoneyError::TooFine { decimals: 12, .. })
+        ));
         for text in ["9223372.036854775808", "99999999999999999999999999999999999999999999"] {
             assert_eq!(Money::from_usd_str(text), Err(MoneyError::TooLarge(text.into())));
         }

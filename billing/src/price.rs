@@ -242,8 +242,9 @@ fn models_from_rows(rows: Vec<PriceRow>) -> Result<BTreeMap<String, ModelPrices>
 }
 
 fn all_meters(model: &str, mut prices: BTreeMap<Meter, Price>) -> Result<ModelPrices, PriceBookError> {
-    let mut take =
-        |meter| prices.remove(&meter).ok_or_else(|| PriceBookError::Missing { model: model.to_owned(), meter });
+    let mut take = |meter| {
+        prices.remove(&meter).ok_or_else(|| PriceBookError::Missing { model: model.to_owned(), meter })
+    };
     Ok(ModelPrices {
         input: take(Meter::Input)?,
         cached_input: take(Meter::CachedInput)?,
