@@ -304,3 +304,7 @@ fn generation_config_end_of_sequence(dir: &Path) -> Result<Vec<u32>, StartError>
         Some(OneOrMany::Many(ids)) => ids,
     })
 }
+
+#[cfg(test)]
+#[path = "node_tests.rs"]
+mod tests;

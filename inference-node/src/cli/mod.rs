@@ -36,9 +36,9 @@ enum Command {
     /// Generate from one prompt and print the text
     Generate(generate::Args),
     /// Print the logits of every position of a prompt
-    Logits(logits::Args),
+    Logits(logits::LogitsArgs),
     /// Write a checkpoint with random weights, for benchmarks
-    Init(init::Args),
+    Init(init::InitArgs),
     /// Measure prefill and decode through the engine
     Bench(bench::Args),
 }
