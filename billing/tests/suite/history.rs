@@ -197,8 +197,13 @@ impl Open {
     }
 }
 
+/// A few seconds' worth, unless PROPTEST_CASES asks for more.
+fn cases() -> u32 {
+    std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(24)
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: cases(), ..ProptestConfig::default() })]
     #[test]
     fn billing_agrees_with_one_number(ops in vec(op(), 1..50), credit in 0..1_000i64, slice in prop_oneof![Just(0), 1..50i64, Just(100_000)]) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
