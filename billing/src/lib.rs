@@ -411,7 +411,7 @@ impl Shared {
                 Err(error) => {
                     let covered = slice.take_most(&ask, self.clock.now_s()).filter(|(units, _)| *units > 0);
                     let granted = |(units, reserved)| Some(Granted { units, reserved, exhausted: false });
-                    return covered.map(granted).map_or(Err(error), Ok);
+                    return covered.map(granted).ok_or(error);
                 }
             }
         }

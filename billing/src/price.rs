@@ -305,3 +305,83 @@ impl fmt::Display for Meter {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BOOK: &str = r#"
+        currency = "USD"
+        effective_from = "2026-01-01T02:00:00+02:00"
+        price = [
+            { model = "b", meter = "output", usd_per_million = "0.80" },
+            { model = "b", meter = "input", usd_per_million = "0.2", sku = "IN \"b\" \\ é" },
+            { model = "b", meter = "cached_input", usd_per_million = "0.000001" },
+        ]
+    "#;
+
+    fn book(text: &str) -> PriceBook {
+        PriceBook::from_toml(text).expect("the book is valid")
+    }
+
+    #[test]
+    fn prices_are_exact_pico_usd_a_token() {
+        let quantities = Quantities { input_tokens: 7, cached_input_tokens: 0, output_tokens: 3 };
+        let lines = book(BOOK).price("b", &quantities).unwrap();
+        let amounts: Vec<_> = lines.iter().map(|line| (line.meter, line.amount.pico())).collect();
+        assert_eq!(amounts, [(Meter::Input, 7 * 200_000), (Meter::Output, 3 * 800_000)]);
+        assert_eq!(cost(&lines), Some(Money::from_pico(3_800_000)));
+    }
+
+    #[test]
+    fn the_same_prices_have_the_same_hash_however_they_are_written() {
+        let canonical = book(BOOK).canonical();
+        assert_eq!(book(&canonical), book(BOOK));
+        assert_eq!(book(&canonical).canonical(), canonical);
+        let other =
+            BOOK.replace("0.80", "0.800000").replace("2026-01-01T02:00:00+02:00", "2026-01-01T00:00:00Z");
+        assert_eq!(book(&other).hash(), book(BOOK).hash());
+        assert_ne!(book(&BOOK.replace("0.80", "0.81")).hash(), book(BOOK).hash());
+        // Hashes are on bills: this one may never change.
+        assert_eq!(
+            book(BOOK).hash().as_str(),
+            "db801e992a8e7eaf9eac93ec219d9bb8da4413fc5b3c741d2f581b71f8c996f3"
+        );
+    }
+
+    #[test]
+    fn a_bad_book_is_refused_with_the_field_and_the_fix() {
+        let check = |from: &str, to: &str, expect: &str| {
+            assert!(BOOK.contains(from), "{from}");
+            let error = PriceBook::from_toml(&BOOK.replace(from, to)).expect_err(expect);
+            let told = format!(
+                "{error}: {}",
+                std::error::Error::source(&error).map_or(String::new(), ToString::to_string)
+            );
+            assert!(told.contains(expect), "{told}");
+        };
+        check("\"USD\"", "\"EUR\"", "currency: \"EUR\"");
+        check("2026-01-01T02:00:00+02:00", "yesterday", "effective_from: \"yesterday\"");
+        check("0.80", "0.8000001", "price[0] (b, output): usd_per_million: \"0.8000001\" is finer");
+        check("0.80", "-1", "usd_per_million is negative");
+        check("0.80", "1e3", "is not an amount of dollars");
+        check("0.80", "99999999999999", "is more than can be stored");
+        check("\"cached_input\"", "\"input\"", "b already has a price for input");
+        check(
+            "model = \"b\", meter = \"output\"",
+            "model = \"c\", meter = \"output\"",
+            "b has no price for output",
+        );
+        check("meter = \"output\"", "meter = \"tokens\"", "unknown variant `tokens`");
+        check("meter = \"output\"", "tier = 1, meter = \"output\"", "unknown field `tier`");
+        check("IN \\\"b\\\" \\\\ é", "b.output", "the SKU b.output is used twice");
+        check("IN \\\"b\\\" \\\\ é", "\\n", "sku is empty or has characters that do not print");
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let quantities = Quantities { output_tokens: u64::MAX, ..Quantities::default() };
+        assert!(matches!(book(BOOK).price("b", &quantities), Err(PriceError::Overflow { .. })));
+        assert_eq!(book(BOOK).price("x", &quantities), Err(PriceError::NoModel("x".into())));
+    }
+}
