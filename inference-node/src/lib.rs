@@ -10,6 +10,7 @@
 //! [`node::Node`] is the whole of it; a gateway embeds one, `sluice-node serve` runs one.
 #![deny(unsafe_code)]
 
+pub mod bundled;
 pub mod chat_template;
 pub mod checkpoint;
 pub mod cli;

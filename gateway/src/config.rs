@@ -1,0 +1,123 @@
+//! One configuration: built-in defaults, then a TOML file, then `SLUICE_*` environment variables, then flags.
+//!
+//! ```toml
+//! listen = "0.0.0.0:8080"
+//! data_dir = "/var/lib/sluice"
+//! nodes = ["http://10.0.0.7:50051"]
+//!
+//! [connections]
+//! connections_max = 20000
+//! ```
+//! Nested names take two underscores in the environment: `SLUICE_CONNECTIONS__CONNECTIONS_MAX=20000`.
+
+use std::path::{Path, PathBuf};
+
+use figment::{
+    Figment,
+    providers::{Env, Format, Serialized, Toml},
+};
+use serde::{Deserialize, Serialize};
+
+use crate::{app::Limits, server::ConnectionLimits};
+
+/// Everything an operator can set. Unknown names are refused, so that a typing error is not a silent default.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Address and port for REST and gRPC; port 0 takes a free one.
+    pub listen: String,
+    /// Database, outbox and first keys.
+    pub data_dir: PathBuf,
+    /// Remote inference nodes. Empty: one runs in this process.
+    pub nodes: Vec<String>,
+    /// How long a drain waits for streams in flight before it gives up on them.
+    pub drain_timeout_ms: u64,
+    pub node: EmbeddedNode,
+    pub connections: ConnectionLimits,
+    pub limits: Limits,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            listen: "127.0.0.1:8080".to_owned(),
+            data_dir: default_data_dir(),
+            nodes: Vec::new(),
+            drain_timeout_ms: 120_000,
+            node: EmbeddedNode::default(),
+            connections: ConnectionLimits::default(),
+            limits: Limits::default(),
+        }
+    }
+}
+
+/// The node that runs in this process where no remote one is named. A value left out is the node's own default.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EmbeddedNode {
+    /// A Hugging Face model directory; absent: the bundled model.
+    pub model: Option<PathBuf>,
+    pub threads: Option<usize>,
+    /// Sequences computed at the same time.
+    pub slots: Option<usize>,
+    /// Sequences that may wait for a slot before new ones are refused.
+    pub waiting_max: Option<usize>,
+}
+
+impl Config {
+    /// Layers `flags` (anything that serialises to a map; absent values left out) over environment, file and defaults.
+    pub fn load(file: Option<&Path>, flags: impl Serialize) -> anyhow::Result<Config> {
+        let mut figment = Figment::from(Serialized::defaults(Config::default()));
+        if let Some(file) = file {
+            anyhow::ensure!(file.is_file(), "no configuration file at {}", file.display());
+            figment = figment.merge(Toml::file_exact(file));
+        }
+        figment
+            .merge(Env::prefixed("SLUICE_").ignore(&["log", "config", "bin_dir"]).split("__"))
+            .merge(Serialized::defaults(flags))
+            .extract()
+            .map_err(|error| anyhow::anyhow!("configuration: {error}"))
+    }
+
+    pub fn database_path(&self) -> PathBuf {
+        self.data_dir.join("ledger.db")
+    }
+
+    pub fn outbox_path(&self) -> PathBuf {
+        self.data_dir.join("outbox.db")
+    }
+
+    pub fn credentials_path(&self) -> PathBuf {
+        self.data_dir.join("credentials.json")
+    }
+}
+
+/// `$XDG_DATA_HOME/sluice`, else `~/.local/share/sluice`, else `./sluice-data`.
+fn default_data_dir() -> PathBuf {
+    let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    absolute("XDG_DATA_HOME")
+        .or_else(|| absolute("HOME").map(|home| home.join(".local/share")))
+        .map_or_else(|| PathBuf::from("sluice-data"), |base| base.join("sluice"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flags_win_over_the_file_and_typing_errors_are_named() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = folder.path().join("sluice.toml");
+        std::fs::write(&file, "listen = \"127.0.0.1:1\"\ndrain_timeout_ms = 7\n[connections]\nconnections_max = 3\n")
+            .expect("write");
+        let flags = serde_json::json!({ "listen": "127.0.0.1:2" });
+        let config = Config::load(Some(&file), flags).expect("a configuration");
+        assert_eq!(config.listen, "127.0.0.1:2");
+        assert_eq!((config.drain_timeout_ms, config.connections.connections_max), (7, 3));
+        assert_eq!(config.connections.headers_max, ConnectionLimits::default().headers_max);
+
+        std::fs::write(&file, "lisen = \"127.0.0.1:1\"").expect("write");
+        let error = Config::load(Some(&file), serde_json::json!({})).expect_err("a typing error").to_string();
+        assert!(error.contains("lisen"), "{error}");
+    }
+}

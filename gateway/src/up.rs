@@ -1,0 +1,249 @@
+//! `sluice up`: from an empty folder to a serving platform, and back down without losing anything.
+//!
+//! ```text
+//! folder, lock ─▶ port ─▶ database, ledger ─▶ first tenant ─▶ node ─▶ serve ─▶ signal ─▶ drain
+//! ```
+//! What can fail for the operator's reasons (folder, port, model) fails before anything is served, and says what to do.
+
+#[cfg(feature = "embedded-node")]
+mod embedded;
+mod prices;
+mod tenant;
+
+use std::{fs::File, sync::Arc, time::Duration};
+
+use anyhow::{Context, bail};
+use sluice_billing::{Billing, BillingLimits, BillingOptions};
+use tokio::net::TcpListener;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::{info, warn};
+
+pub use tenant::{DEFAULT_ACCOUNT, DEFAULT_PROJECT};
+
+use crate::{
+    app::App,
+    auth::Auth,
+    config::Config,
+    metrics::Metrics,
+    route::{NodeEndpoint, Nodes},
+    server, stack, store,
+};
+
+/// The name of this gateway in the ledger: there is one to a data folder.
+const GATEWAY: &str = "gateway-0";
+
+/// Runs until SIGINT or SIGTERM, then drains. A second signal ends the process at once.
+pub async fn run(config: Config, json: bool) -> anyhow::Result<()> {
+    let signalled = stop_signals()?;
+    let _lock = lock_data_dir(&config)?;
+    let listener = bind(&config.listen).await?;
+    let address = listener.local_addr()?;
+
+    let database = store::open(&config.database_path(), true).await?;
+    let billing = Billing::open(BillingOptions {
+        database: database.clone(),
+        outbox_path: config.outbox_path(),
+        gateway: GATEWAY.to_owned(),
+        limits: BillingLimits::default(),
+    })
+    .await?;
+    let credentials = tenant::ensure(&database, &billing, &config.credentials_path()).await?;
+
+    let fleet = Fleet::start(&config).await?;
+    let models = fleet.nodes.models().into_iter().map(|model| model.name).collect::<Vec<_>>();
+    prices::ensure(&billing, &config.data_dir.join("prices.toml"), &models).await?;
+    let app = Arc::new(App {
+        auth: Auth::new(database),
+        billing: billing.clone(),
+        nodes: fleet.nodes.clone(),
+        limits: config.limits.clone(),
+        metrics: Metrics::new(),
+        tracker: TaskTracker::new(),
+        draining: CancellationToken::new(),
+        cut: CancellationToken::new(),
+    });
+    let stop_accepting = CancellationToken::new();
+    let connections = config.connections.clone();
+    let mut serving = tokio::spawn({
+        let (router, stop) = (stack::service(app.clone()), stop_accepting.clone());
+        async move { server::serve(listener, router, &connections, stop).await }
+    });
+
+    welcome(address, &credentials, &models, &config, json)?;
+    info!(%address, models = models.join(","), "ready");
+
+    signalled.cancelled().await;
+    info!("draining: no new requests, streams in flight finish");
+    app.draining.cancel();
+    stop_accepting.cancel();
+    app.tracker.close();
+    let drained = tokio::time::timeout(Duration::from_millis(config.drain_timeout_ms), async {
+        let _ = (&mut serving).await;
+        app.tracker.wait().await;
+    });
+    if drained.await.is_err() {
+        warn!(timeout_ms = config.drain_timeout_ms, "streams still in flight are cut; what they used so far is settled");
+        serving.abort();
+        app.cut.cancel();
+        app.tracker.wait().await;
+    }
+    billing.close().await?;
+    fleet.stop().await;
+    info!("stopped");
+    Ok(())
+}
+
+/// The nodes requests go to: remote ones, or one in this process.
+struct Fleet {
+    nodes: Nodes,
+    #[cfg(feature = "embedded-node")]
+    embedded: Option<embedded::EmbeddedNode>,
+}
+
+impl Fleet {
+    async fn start(config: &Config) -> anyhow::Result<Fleet> {
+        if !config.nodes.is_empty() {
+            let endpoints = config.nodes.iter().cloned().map(NodeEndpoint::Url).collect();
+            let nodes = Nodes::connect(endpoints).await?;
+            #[cfg(not(feature = "embedded-node"))]
+            return Ok(Fleet { nodes });
+            #[cfg(feature = "embedded-node")]
+            return Ok(Fleet { nodes, embedded: None });
+        }
+        #[cfg(not(feature = "embedded-node"))]
+        bail!("this build has no node of its own: name one with --node URL");
+        #[cfg(feature = "embedded-node")]
+        {
+            let embedded = embedded::EmbeddedNode::start(config).await?;
+            let endpoint = NodeEndpoint::Channel { name: "embedded".to_owned(), channel: embedded.channel() };
+            let nodes = Nodes::connect(vec![endpoint]).await?;
+            Ok(Fleet { nodes, embedded: Some(embedded) })
+        }
+    }
+
+    async fn stop(self) {
+        #[cfg(feature = "embedded-node")]
+        if let Some(embedded) = self.embedded {
+            embedded.stop().await;
+        }
+    }
+}
+
+/// Creates the folder and takes it for this process; the lock goes with the returned file.
+fn lock_data_dir(config: &Config) -> anyhow::Result<File> {
+    let folder = &config.data_dir;
+    let advice = || format!("cannot use the data folder {}: name a writable one with --data-dir DIR", folder.display());
+    std::fs::create_dir_all(folder).with_context(advice)?;
+    restrict(folder).with_context(advice)?;
+    let path = folder.join("sluice.lock");
+    let lock = File::options().create(true).truncate(false).write(true).open(&path).with_context(advice)?;
+    match lock.try_lock() {
+        Ok(()) => Ok(lock),
+        Err(std::fs::TryLockError::WouldBlock) => {
+            bail!("the data folder {} is in use by another `sluice up`: stop that one, or name another folder with --data-dir DIR", folder.display())
+        }
+        Err(std::fs::TryLockError::Error(error)) => Err(error).with_context(advice),
+    }
+}
+
+/// The folder holds the ledger and the first keys: its owner alone may read it.
+#[cfg(unix)]
+fn restrict(folder: &std::path::Path) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o700))
+}
+
+#[cfg(not(unix))]
+fn restrict(_: &std::path::Path) -> std::io::Result<()> {
+    Ok(())
+}
+
+async fn bind(listen: &str) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(listen).await.map_err(|error| match error.kind() {
+        std::io::ErrorKind::AddrInUse => anyhow::anyhow!(
+            "{listen} is taken by another program: stop it, or choose another port with --listen (port 0 takes a free one)"
+        ),
+        std::io::ErrorKind::InvalidInput => {
+            anyhow::anyhow!("--listen {listen:?} is not an address: write HOST:PORT, such as 127.0.0.1:8080")
+        }
+        _ => anyhow::anyhow!("cannot listen on {listen}: {error}"),
+    })
+}
+
+/// A token that the first SIGINT or SIGTERM cancels; the second ends the process.
+fn stop_signals() -> anyhow::Result<CancellationToken> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
+    let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+    let token = CancellationToken::new();
+    let signalled = token.clone();
+    tokio::spawn(async move {
+        for attempt in 0.. {
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+            if attempt > 0 {
+                warn!("second signal: stopping without a drain");
+                std::process::exit(130);
+            }
+            signalled.cancel();
+        }
+    });
+    Ok(token)
+}
+
+/// What a newcomer needs, once everything works.
+fn welcome(
+    address: std::net::SocketAddr,
+    credentials: &tenant::Credentials,
+    models: &[String],
+    config: &Config,
+    json: bool,
+) -> anyhow::Result<()> {
+    use std::io::Write;
+    let host = if address.ip().is_unspecified() { format!("127.0.0.1:{}", address.port()) } else { address.to_string() };
+    let (base_url, grpc_url) = (format!("http://{host}/v1"), format!("http://{host}"));
+    let mut stdout = std::io::stdout().lock();
+    if json {
+        let ready = serde_json::json!({
+            "base_url": base_url,
+            "grpc_url": grpc_url,
+            "api_key": credentials.api_key,
+            "admin_key": credentials.admin_key,
+        });
+        writeln!(stdout, "{ready}")?;
+        return Ok(stdout.flush()?);
+    }
+    let model = models.first().map_or("MODEL", String::as_str);
+    let key = &credentials.api_key;
+    let data_dir = config.data_dir.display();
+    writeln!(
+        stdout,
+        r#"
+Sluice is up.
+
+  Base URL   {base_url}
+  gRPC       {grpc_url}  (sluice.v1, with reflection)
+  API key    {key}
+  Model      {model}
+  Data       {data_dir}
+
+Try it:
+
+  curl -N {base_url}/chat/completions -H "Authorization: Bearer {key}" -H "Content-Type: application/json" \
+    -d '{{"model":"{model}","stream":true,"messages":[{{"role":"user","content":"Hello! What are you?"}}]}}'
+
+Python (pip install openai):
+
+  from openai import OpenAI
+  client = OpenAI(base_url="{base_url}", api_key="{key}")
+  stream = client.chat.completions.create(model="{model}", stream=True,
+      messages=[{{"role": "user", "content": "Tell me a story about a red kite."}}])
+  for chunk in stream: print(chunk.choices[0].delta.content or "", end="", flush=True)
+
+Usage and cost: sluice usage --data-dir {data_dir}     Stop: Ctrl-C (streams in flight finish)
+"#
+    )?;
+    Ok(stdout.flush()?)
+}
