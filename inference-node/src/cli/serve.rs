@@ -44,7 +44,9 @@ async fn serve(args: Args) -> anyhow::Result<()> {
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let shutdown = async {
         either(&mut interrupt, &mut terminate).await;
-        tracing::info!("draining: running sequences finish, new ones are refused; signal again to stop at once");
+        tracing::info!(
+            "draining: running sequences finish, new ones are refused; signal again to stop at once"
+        );
         tokio::select! {
             () = node.drain() => tracing::info!("drained"),
             () = either(&mut interrupt, &mut terminate) => {
