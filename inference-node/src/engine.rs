@@ -24,7 +24,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
-use std::thread::Thread;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
@@ -89,7 +89,7 @@ pub struct EngineHandle(Arc<Door>);
 struct Door {
     /// Taken when the door closes.
     submissions: Option<SyncSender<Submitted>>,
-    thread: Thread,
+    thread: JoinHandle<()>,
     odometer: Arc<Odometer>,
 }
 
@@ -116,7 +116,7 @@ impl EngineHandle {
             },
             TrySendError::Disconnected(_) => Refusal::Stopped,
         })?;
-        self.0.thread.unpark();
+        self.0.wake();
         outcome.await.unwrap_or(Err(Refusal::Stopped))?;
         Ok(answer)
     }
@@ -127,14 +127,20 @@ impl EngineHandle {
 
     /// Whether the engine thread still runs. It ends before its handles only by a bug.
     pub fn is_alive(&self) -> bool {
-        Arc::strong_count(&self.0.odometer) > 1
+        !self.0.thread.is_finished()
     }
 }
 
 impl Drop for Door {
     fn drop(&mut self) {
         self.submissions = None;
-        self.thread.unpark();
+        self.wake();
+    }
+}
+
+impl Door {
+    fn wake(&self) {
+        self.thread.thread().unpark();
     }
 }
 
@@ -174,17 +180,17 @@ pub struct Remote {
 impl Remote {
     pub fn raise_grant(&self, grant: Grant) {
         self.mailbox.raise_grant(grant);
-        self.door.thread.unpark();
+        self.door.wake();
     }
 
     pub fn refuse_further_grants(&self) {
         self.mailbox.refuse_further_grants();
-        self.door.thread.unpark();
+        self.door.wake();
     }
 
     pub fn cancel(&self) {
         self.mailbox.cancel();
-        self.door.thread.unpark();
+        self.door.wake();
     }
 }
 
@@ -227,11 +233,7 @@ pub fn start(
         text: String::new(),
     };
     let thread = std::thread::Builder::new().name("engine".to_owned()).spawn(move || engine.run())?;
-    Ok(EngineHandle(Arc::new(Door {
-        submissions: Some(submissions),
-        thread: thread.thread().clone(),
-        odometer,
-    })))
+    Ok(EngineHandle(Arc::new(Door { submissions: Some(submissions), thread, odometer })))
 }
 
 struct Engine {
@@ -272,9 +274,12 @@ impl Engine {
     }
 
     fn step(&mut self) -> Rest {
-        self.take_arrivals();
+        // Whoever cancelled before a newcomer was submitted makes room for it.
+        let arrivals = self.receive();
         let alarm = self.read_mailboxes(Instant::now());
         self.end_sequences();
+        let somebody_arrived = !arrivals.is_empty();
+        arrivals.into_iter().for_each(|submitted| self.take(submitted));
         self.admit();
         self.scheduler.schedule(&mut self.batch);
         if !self.batch.is_empty() {
@@ -282,23 +287,26 @@ impl Engine {
             return Rest::None;
         }
         match alarm {
-            _ if !self.door_is_open => Rest::None,
+            _ if somebody_arrived || !self.door_is_open => Rest::None,
             Some(moment) => Rest::Until(moment),
             None => Rest::UntilCalled,
         }
     }
 
-    fn take_arrivals(&mut self) {
-        loop {
+    /// As many as wait at the door: no more than it holds.
+    fn receive(&mut self) -> Vec<Submitted> {
+        let mut arrivals = Vec::new();
+        while arrivals.len() < self.limits.slots + self.limits.waiting_max {
             match self.arrivals.try_recv() {
-                Ok(submitted) => self.take(submitted),
-                Err(TryRecvError::Empty) => return,
+                Ok(submitted) => arrivals.push(submitted),
+                Err(TryRecvError::Empty) => break,
                 Err(TryRecvError::Disconnected) => {
                     self.door_is_open = false;
-                    return;
+                    break;
                 }
             }
         }
+        arrivals
     }
 
     fn take(&mut self, submitted: Submitted) {
@@ -316,14 +324,12 @@ impl Engine {
             return Err(Refusal::TooLarge { tokens });
         }
         let (tenant, priority) = (submission.tenant.clone(), submission.priority);
-        let sequence = match Sequence::new(submission, &self.end_of_sequence, outlet, &self.tokenizer) {
-            Ok(sequence) => sequence,
-            Err((sequence, ending)) => {
-                // Its text was sent by the node that generated it.
-                sequence.end_silently(ending);
-                return Ok(());
-            }
-        };
+        let (sequence, ended) = Sequence::new(submission, &self.end_of_sequence, outlet, &self.tokenizer);
+        if let Some(ending) = ended {
+            // Its text was sent by the node that generated it.
+            sequence.end_silently(ending);
+            return Ok(());
+        }
         let id = SequenceId(self.next_id);
         let arrival = Arrival {
             id,
@@ -346,7 +352,8 @@ impl Engine {
     /// somebody's will be.
     fn read_mailboxes(&mut self, now: Instant) -> Option<Instant> {
         let mut alarm: Option<Instant> = None;
-        let mut wake_at = |moment: Instant| alarm = Some(alarm.map_or(moment, |earliest| earliest.min(moment)));
+        let mut wake_at =
+            |moment: Instant| alarm = Some(alarm.map_or(moment, |earliest| earliest.min(moment)));
         for (&id, sequence) in &mut self.sequences {
             let mailbox = sequence.outlet().mailbox();
             let (grant, cancelled) = (mailbox.grant(), mailbox.is_cancelled());
@@ -421,7 +428,8 @@ impl Engine {
                 continue;
             }
             let row = rows.next().expect("the model gives a row of logits for each span that asks");
-            let Some(token) = self.sampler.sample(row, &sequence.sampling, sequence.tokens.len() as u64) else {
+            let Some(token) = self.sampler.sample(row, &sequence.sampling, sequence.tokens.len() as u64)
+            else {
                 self.endings.push((work.id, Ending::Broken("the model computed logits that are not finite")));
                 continue;
             };

@@ -68,11 +68,19 @@ async fn generate(node: &Node, submission: Submission) -> Outcome {
 
 /// Prompts on both sides of the block grid, greedy and sampled.
 fn varied() -> Vec<Submission> {
-    [1, 5, 63, 64, 65, 190].iter().zip(0u32..).map(|(&tokens, seed)| {
-        let temperature = if seed % 2 == 0 { 0.0 } else { 0.9 };
-        let sampling = Sampling::new(temperature, 0.95, 50, u64::from(seed)).expect("valid");
-        Submission { sampling, tenant: format!("tenant-{}", seed % 3).into(), ..submission(prompt(seed, tokens), 40) }
-    }).collect()
+    [1, 5, 63, 64, 65, 190]
+        .iter()
+        .zip(0u32..)
+        .map(|(&tokens, seed)| {
+            let temperature = if seed % 2 == 0 { 0.0 } else { 0.9 };
+            let sampling = Sampling::new(temperature, 0.95, 50, u64::from(seed)).expect("valid");
+            Submission {
+                sampling,
+                tenant: format!("tenant-{}", seed % 3).into(),
+                ..submission(prompt(seed, tokens), 40)
+            }
+        })
+        .collect()
 }
 
 #[tokio::test]
@@ -87,7 +95,11 @@ async fn a_sequence_is_the_same_in_any_company_and_any_chunks() {
             (options.slots, options.step_tokens_max, options.threads) = (slots, step_tokens_max, threads);
         });
         let together = varied().into_iter().map(|submission| generate(&busy, submission));
-        assert_eq!(futures::future::join_all(together).await, expect, "{slots} slots, steps of {step_tokens_max}");
+        assert_eq!(
+            futures::future::join_all(together).await,
+            expect,
+            "{slots} slots, steps of {step_tokens_max}"
+        );
     }
 }
 
@@ -128,7 +140,10 @@ async fn a_cancelled_sequence_stops_within_a_step_and_counts_exactly() {
     assert_eq!(rest.ending, Ending::Cancelled);
     assert!(odometer.steps_total.load(Ordering::Relaxed) <= steps_then + 1);
     let tokens = (first.ids.len() + rest.ids.len()) as u64;
-    assert_eq!(rest.usage, mailbox::Usage { input_tokens: 10, cached_input_tokens: 0, output_tokens: tokens });
+    assert_eq!(
+        rest.usage,
+        mailbox::Usage { input_tokens: 10, cached_input_tokens: 0, output_tokens: tokens }
+    );
     assert_eq!(odometer.output_tokens_total.load(Ordering::Relaxed), tokens);
     assert_eq!(odometer.prompt_tokens_total.load(Ordering::Relaxed), 10);
 }
@@ -189,10 +204,15 @@ async fn a_deadline_ends_a_sequence_wherever_it_stands() {
 #[tokio::test]
 async fn text_ends_before_a_stop_string_and_with_a_stop_id() {
     let node = node(|_| {});
-    let message = ChatMessage { role: "user".into(), content: "What is linear attention?".into(), ..Default::default() };
+    let message = ChatMessage {
+        role: "user".into(),
+        content: "What is linear attention?".into(),
+        ..Default::default()
+    };
     let chat = Input::Chat(ChatPrompt { messages: vec![message], tools_json: String::new() });
     let chat = node.service().encode(chat).expect("it renders");
-    let whole = generate(&node, Submission { ignore_end_of_sequence: false, ..submission(chat.clone(), 100) }).await;
+    let whole =
+        generate(&node, Submission { ignore_end_of_sequence: false, ..submission(chat.clone(), 100) }).await;
     assert_eq!(whole.ending, Ending::Stop { stop_string: None }, "the model ends its answer: {}", whole.text);
     let word = whole.text.split(' ').nth(3).expect("an answer of some words").to_owned();
 

@@ -23,11 +23,11 @@ use sluice_proto::node::v1::node_service_server::NodeServiceServer;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tonic::transport::server::Connected;
-use tonic_health::server::{HealthReporter, HealthService};
 use tonic_health::pb::health_server::HealthServer;
+use tonic_health::server::{HealthReporter, HealthService};
 
 /// What to serve, and within which limits.
 #[derive(Debug, Clone, clap::Args)]
@@ -111,10 +111,14 @@ impl NodeOptions {
             }
         }
         if self.step_tokens_max <= self.slots {
-            let reason = format!("must be more than --slots ({}), or decoding leaves no room for prompts", self.slots);
+            let reason =
+                format!("must be more than --slots ({}), or decoding leaves no room for prompts", self.slots);
             return refuse("step-tokens-max", reason);
         }
         if !self.model_dir.is_dir() {
+            return Err(StartError::NoDirectory(self.model_dir.clone()));
+        }
+        if !self.model_dir.join("config.json").is_file() {
             return Err(StartError::NoModel(self.model_dir.clone()));
         }
         Ok(())
@@ -137,7 +141,11 @@ fn available_threads() -> usize {
 pub enum StartError {
     #[error("--{field} {reason}")]
     Option { field: &'static str, reason: String },
-    #[error("{0} is not a directory; --model wants one with config.json, *.safetensors and tokenizer.json")]
+    #[error("{0} is not a directory; a model is one with config.json, *.safetensors and tokenizer.json")]
+    NoDirectory(PathBuf),
+    #[error(
+        "{0} has no config.json; a model is a directory with config.json, *.safetensors and tokenizer.json"
+    )]
     NoModel(PathBuf),
     #[error(transparent)]
     Model(#[from] crate::checkpoint::LoadError),
@@ -162,6 +170,7 @@ impl Node {
     pub fn start(options: NodeOptions) -> Result<Node, StartError> {
         options.check()?;
         let dir = &options.model_dir;
+        let started_at = Instant::now();
         let model = Arc::new(Model::load(dir, &LoadOptions { threads: options.threads })?);
         let config = model.config();
         let tokenizer = Arc::new(Tokenizer::load(dir, config.vocab_size)?);
@@ -179,13 +188,22 @@ impl Node {
             cache_tokens: options.cache_tokens(&model),
             grant_idle: Duration::from_millis(options.grant_idle_ms),
         };
-        let engine = engine::start(model, tokenizer.clone(), end_of_sequence, limits).map_err(StartError::Thread)?;
+        let engine =
+            engine::start(model, tokenizer.clone(), end_of_sequence, limits).map_err(StartError::Thread)?;
         let limits = ServiceLimits {
             slots: options.slots,
             waiting_max: options.waiting_max,
             tokenize_bytes_max: options.tokenize_bytes_max,
             tokenize_threads: options.threads,
         };
+        tracing::info!(
+            model = description.name,
+            parameters = description.parameters,
+            kernel = description.kernel,
+            threads = options.threads,
+            load_ms = started_at.elapsed().as_millis() as u64,
+            "the engine runs"
+        );
         let service = Service::new(engine, tokenizer, template, description, limits);
         Ok(Node { service, health: HealthReporter::new() })
     }
@@ -218,7 +236,9 @@ impl Node {
             .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
             .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
             .max_concurrent_streams(self.service.streams_max())
-            .add_service(NodeServiceServer::new(self.service.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX))
+            .add_service(
+                NodeServiceServer::new(self.service.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX),
+            )
             .add_service(HealthServer::new(HealthService::from_health_reporter(self.health.clone())))
             .add_service(reflection_v1)
             .add_service(reflection_v1alpha)

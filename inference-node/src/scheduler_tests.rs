@@ -293,14 +293,12 @@ proptest! {
     fn a_stream_of_newcomers_starves_nobody(prompt in 1usize..300, newcomers in 1usize..40) {
         let mut simulation = Simulation::new(LIMITS);
         simulation.enqueue(arrival(0, "patient", prompt, 5), 5).expect("room");
-        let mut next_id = 1;
-        for _ in 0..2_000 {
+        for next_id in 1..2_000 {
             if !simulation.sequences.contains_key(&SequenceId(0)) {
                 return Ok(());
             }
             let tenant = format!("new-{next_id}");
             let _ = simulation.enqueue(arrival(next_id, &tenant, newcomers, 3), 3);
-            next_id += 1;
             simulation.step();
         }
         prop_assert!(false, "starved for 2000 steps");

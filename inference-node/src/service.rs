@@ -160,7 +160,8 @@ impl Service {
             return Err(invalid("prompt_ids", "must hold at least one token"));
         }
         if prompt >= context {
-            let reason = format!("holds {prompt} tokens; the context of {context} must have room for output too");
+            let reason =
+                format!("holds {prompt} tokens; the context of {context} must have room for output too");
             return Err(invalid("prompt_ids", &reason));
         }
         let output_tokens_max = (start.output_tokens_max as usize).min(context - prompt);
@@ -168,7 +169,10 @@ impl Service {
             return Err(invalid("output_tokens_max", "must be at least 1"));
         }
         if start.resume_ids.len() > output_tokens_max {
-            return Err(invalid("resume_ids", &format!("holds more than the {output_tokens_max} output tokens allowed")));
+            return Err(invalid(
+                "resume_ids",
+                &format!("holds more than the {output_tokens_max} output tokens allowed"),
+            ));
         }
         if start.tenant.len() > TENANT_BYTES_MAX {
             return Err(invalid("tenant", &format!("is longer than {TENANT_BYTES_MAX} bytes")));
@@ -244,7 +248,10 @@ impl NodeService for Service {
         let input = request.input.ok_or_else(|| invalid("input", "must be chat or text"))?;
         let (bytes, bytes_max) = (text_bytes(&input), self.0.limits.tokenize_bytes_max);
         if bytes > bytes_max {
-            return Err(invalid("input", &format!("holds {bytes} bytes of text; at most {bytes_max} are taken")));
+            return Err(invalid(
+                "input",
+                &format!("holds {bytes} bytes of text; at most {bytes_max} are taken"),
+            ));
         }
         if bytes <= TOKENIZE_INLINE_BYTES_MAX {
             return Ok(Response::new(proto::TokenizeResponse { ids: self.encode(input)? }));

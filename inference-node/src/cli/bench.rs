@@ -59,7 +59,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let load_s = load_started_at.elapsed().as_secs_f64();
     let model = &node.models()[0];
     let context = model.context_tokens_max as usize;
-    ensure!(args.prompt_tokens + args.new_tokens <= context, "prompt and output exceed the context of {context}");
+    ensure!(
+        args.prompt_tokens + args.new_tokens <= context,
+        "prompt and output exceed the context of {context}"
+    );
 
     let runtime = tokio::runtime::Builder::new_current_thread().build()?;
     let speeds = runtime.block_on(measure(&node, &args))?;
@@ -78,8 +81,16 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         );
     } else {
         println!("{} ({}, {threads} threads), loaded in {load_s:.2} s", model.name, model.kernel);
-        println!("prefill  {:10.1} tokens/s  ({} x {} tokens)", speeds.prefill, args.batch, args.prompt_tokens);
-        println!("decode   {:10.1} tokens/s  ({} x {} tokens)", speeds.decode, args.batch, args.new_tokens - 1);
+        println!(
+            "prefill  {:10.1} tokens/s  ({} x {} tokens)",
+            speeds.prefill, args.batch, args.prompt_tokens
+        );
+        println!(
+            "decode   {:10.1} tokens/s  ({} x {} tokens)",
+            speeds.decode,
+            args.batch,
+            args.new_tokens - 1
+        );
         println!("peak     {:10.1} MiB", peak.unwrap_or(0) as f64 / f64::from(1 << 20));
     }
     Ok(())

@@ -1,7 +1,7 @@
 //! `sluice-node generate`: one prompt through the real engine, without a server.
 
-use crate::engine::mailbox::{Ending, Grant, Usage};
 use crate::engine::Submission;
+use crate::engine::mailbox::{Ending, Grant, Usage};
 use crate::node::{Node, NodeOptions};
 use crate::sampler::Sampling;
 use crate::scheduler::Priority;
@@ -131,12 +131,14 @@ async fn generate(node: &Node, args: Args) -> anyhow::Result<()> {
 }
 
 fn submission(node: &Node, args: &Args) -> anyhow::Result<Submission> {
-    let encode = |input| node.service().encode(input).map_err(|status| anyhow::anyhow!("{}", status.message()));
+    let encode =
+        |input| node.service().encode(input).map_err(|status| anyhow::anyhow!("{}", status.message()));
     let prompt_ids = match (&args.prompt.ids, &args.prompt.prompt, &args.prompt.chat) {
         (Some(ids), _, _) => ids.clone(),
         (_, Some(text), _) => encode(Input::Text(text.clone()))?,
         (_, _, Some(text)) => {
-            let message = ChatMessage { role: "user".to_owned(), content: text.clone(), ..ChatMessage::default() };
+            let message =
+                ChatMessage { role: "user".to_owned(), content: text.clone(), ..ChatMessage::default() };
             encode(Input::Chat(ChatPrompt { messages: vec![message], tools_json: String::new() }))?
         }
         (None, None, None) => bail!("one of --ids, --prompt and --chat is needed"),
@@ -157,7 +159,8 @@ fn submission(node: &Node, args: &Args) -> anyhow::Result<Submission> {
         resume_ids: Vec::new(),
         output_tokens_max,
         grant: Grant { output_tokens: output_tokens_max as u64, is_final: true },
-        sampling: sampling.map_err(|error| anyhow::anyhow!("--{}: {error}", error.field().replace('_', "-")))?,
+        sampling: sampling
+            .map_err(|error| anyhow::anyhow!("--{}: {error}", error.field().replace('_', "-")))?,
         stop_strings: args.stop.clone().into(),
         stop_ids: Vec::new(),
         ignore_end_of_sequence: args.ignore_eos,

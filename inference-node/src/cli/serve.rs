@@ -32,6 +32,8 @@ async fn serve(args: Args) -> anyhow::Result<()> {
     let listener = listen(args.listen).await?;
     let address = listener.local_addr()?;
     let node = tokio::task::spawn_blocking(move || Node::start(args.node)).await??;
+    // Before anybody learns that it is ready, and may want it to stop.
+    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let names: Vec<&str> = node.models().iter().map(|model| model.name.as_str()).collect();
     let url = format!("http://{address}");
     if args.json {
@@ -41,10 +43,11 @@ async fn serve(args: Args) -> anyhow::Result<()> {
     }
     std::io::stdout().flush()?;
 
-    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let shutdown = async {
         either(&mut interrupt, &mut terminate).await;
-        tracing::info!("draining: running sequences finish, new ones are refused; signal again to stop at once");
+        tracing::info!(
+            "draining: running sequences finish, new ones are refused; signal again to stop at once"
+        );
         tokio::select! {
             () = node.drain() => tracing::info!("drained"),
             () = either(&mut interrupt, &mut terminate) => {

@@ -25,7 +25,9 @@ pub struct Grant {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Ending {
-    Stop { stop_string: Option<String> },
+    Stop {
+        stop_string: Option<String>,
+    },
     Length,
     Cancelled,
     GrantExhausted,
@@ -191,7 +193,8 @@ mod tests {
         assert_eq!(mailbox.take().await, Some(expect));
         outlet.token(9, "", usage(3));
         outlet.end(Some(10), "c", usage(4), Ending::Length);
-        let expect = Delivery { text: "c".into(), ids: vec![9, 10], usage: usage(4), ending: Some(Ending::Length) };
+        let expect =
+            Delivery { text: "c".into(), ids: vec![9, 10], usage: usage(4), ending: Some(Ending::Length) };
         assert_eq!(mailbox.take().await, Some(expect));
         assert_eq!(mailbox.take().await, None);
     }

@@ -1,7 +1,7 @@
 //! One sequence inside the engine: its tokens, where it may end, and what of its text is out.
 
-use super::mailbox::{Ending, Outlet, Usage};
 use super::Submission;
+use super::mailbox::{Ending, Outlet, Usage};
 use crate::detokenizer::Detokenizer;
 use crate::sampler::Sampling;
 use crate::state::Slot;
@@ -32,13 +32,13 @@ pub(super) struct Sequence {
 }
 
 impl Sequence {
-    /// Takes up a submission where it was left. `Err`: it had ended there already; nothing remains to be computed.
+    /// Takes up a submission where it was left; if it had ended there already, says how.
     pub fn new(
         submission: Submission,
         end_of_sequence: &[u32],
         outlet: Outlet,
         tokenizer: &Tokenizer,
-    ) -> Result<Sequence, (Sequence, Ending)> {
+    ) -> (Sequence, Option<Ending>) {
         let mut stop_ids = submission.stop_ids;
         if !submission.ignore_end_of_sequence {
             stop_ids.extend_from_slice(end_of_sequence);
@@ -64,10 +64,10 @@ impl Sequence {
         let mut already_sent = String::new();
         for id in submission.resume_ids {
             if let Some(ending) = sequence.advance(id, tokenizer, &mut already_sent) {
-                return Err((sequence, ending));
+                return (sequence, Some(ending));
             }
         }
-        Ok(sequence)
+        (sequence, None)
     }
 
     /// Appends an output token; `text` gets what became certain with it, everything if it was the last.
@@ -103,7 +103,8 @@ impl Sequence {
 
     /// A prompt counts as far as it was computed; that of a resumed sequence was, elsewhere.
     pub fn usage(&self) -> Usage {
-        let input = if self.resumed_tokens > 0 { self.prompt_tokens } else { self.computed.min(self.prompt_tokens) };
+        let input =
+            if self.resumed_tokens > 0 { self.prompt_tokens } else { self.computed.min(self.prompt_tokens) };
         Usage {
             input_tokens: input as u64,
             cached_input_tokens: 0,
