@@ -104,7 +104,11 @@ pub struct Answer {
 ///
 /// # Cancel safety
 /// Dropped, the request counts as hung up: the node stops, and what was generated is settled.
-pub async fn start(app: &Arc<App>, caller: Caller, request: CompletionRequest) -> Result<Completion, ApiError> {
+pub async fn start(
+    app: &Arc<App>,
+    caller: Caller,
+    request: CompletionRequest,
+) -> Result<Completion, ApiError> {
     let model = app.nodes.model(request.model.as_str())?;
     let (sender, mut events) = mpsc::channel(app.limits.events_buffered_max.max(1));
     let request_id = caller.request_id;
@@ -166,10 +170,13 @@ async fn run(
         Ok(None) => return app.metrics.completed(&name, "cancelled"),
         Err(error) => Err(error),
     };
-    app.metrics.completed(&name, match &last {
-        Ok(_) => "finished",
-        Err(error) => error.code(),
-    });
+    app.metrics.completed(
+        &name,
+        match &last {
+            Ok(_) => "finished",
+            Err(error) => error.code(),
+        },
+    );
     if let Err(error) = &last {
         error.log();
     }
@@ -346,7 +353,12 @@ fn room_for_output(
     let room = context_tokens_max.saturating_sub(prompt_tokens);
     let output_tokens = wanted.unwrap_or(room).max(1);
     if output_tokens > room {
-        return Err(ApiError::ContextLengthExceeded { param, prompt_tokens, output_tokens, context_tokens_max });
+        return Err(ApiError::ContextLengthExceeded {
+            param,
+            prompt_tokens,
+            output_tokens,
+            context_tokens_max,
+        });
     }
     Ok(output_tokens)
 }

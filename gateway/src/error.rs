@@ -44,7 +44,12 @@ pub enum ApiError {
         "this model's context holds {context_tokens_max} tokens, but the request needs {prompt_tokens} for its prompt \
          and {output_tokens} for the answer; shorten the prompt or lower the answer's limit"
     )]
-    ContextLengthExceeded { param: &'static str, prompt_tokens: u64, output_tokens: u64, context_tokens_max: u64 },
+    ContextLengthExceeded {
+        param: &'static str,
+        prompt_tokens: u64,
+        output_tokens: u64,
+        context_tokens_max: u64,
+    },
     #[error("no API key was given; send it in the header 'Authorization: Bearer YOUR_KEY'")]
     KeyMissing,
     #[error("the Authorization header must be of the form 'Bearer YOUR_KEY'")]

@@ -62,7 +62,10 @@ impl Metrics {
         let meter = provider.meter("sluice");
         Metrics {
             requests: meter.u64_counter("sluice_requests").with_description("Requests answered").build(),
-            completions: meter.u64_counter("sluice_completions").with_description("Completions ended").build(),
+            completions: meter
+                .u64_counter("sluice_completions")
+                .with_description("Completions ended")
+                .build(),
             tokens: meter.u64_counter("sluice_tokens").with_description("Tokens billed").build(),
             time_to_first_token: meter
                 .f64_histogram("sluice_time_to_first_token_seconds")
@@ -123,7 +126,9 @@ impl Metrics {
         self.meter
             .u64_observable_gauge("sluice_requests_in_flight")
             .with_description("Requests being answered, streams included")
-            .with_callback(move |gauge| gauge.observe((permits_max - permits.available_permits()) as u64, &[]))
+            .with_callback(move |gauge| {
+                gauge.observe((permits_max - permits.available_permits()) as u64, &[])
+            })
             .build();
         self.observe_billing(billing);
         self.observe_nodes(nodes);

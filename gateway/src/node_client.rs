@@ -14,8 +14,8 @@ use std::{
 use arc_swap::ArcSwap;
 use sluice_proto::node::v1::{
     Cancel, DescribeRequest, GenerateRequest, GenerateResponse, GetLoadRequest, GetLoadResponse, Grant,
-    ModelDescription, Start, TokenizeRequest, generate_request::Command, node_service_client::NodeServiceClient,
-    tokenize_request::Input,
+    ModelDescription, Start, TokenizeRequest, generate_request::Command,
+    node_service_client::NodeServiceClient, tokenize_request::Input,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -117,7 +117,8 @@ impl NodeClient {
         match tokio::time::timeout(CHECK_TIMEOUT, self.ask(describe)).await {
             Ok(Ok(seen)) => {
                 if !self.seen.load().reachable {
-                    let models = seen.models.iter().map(|model| model.name.as_str()).collect::<Vec<_>>().join(",");
+                    let models =
+                        seen.models.iter().map(|model| model.name.as_str()).collect::<Vec<_>>().join(",");
                     info!(node = self.name, models, "node is up");
                 }
                 self.seen.store(Arc::new(seen));

@@ -29,7 +29,9 @@ use tonic::Status;
 
 use crate::{
     app::{App, Limits},
-    complete::{Admitted, Caller, Delivery, Event, Events, Failure, Finish, FinishReason, Usage, node_failure},
+    complete::{
+        Admitted, Caller, Delivery, Event, Events, Failure, Finish, FinishReason, Usage, node_failure,
+    },
     error::{ApiError, RETRY_AFTER},
     node_client::{NodeClient, Sequence},
 };
@@ -200,7 +202,8 @@ impl Relay<'_> {
     /// How far the node may go now.
     fn next_grant(&self) -> Grant {
         let covered = self.purse.covered;
-        let output_tokens = (self.counted.output_tokens + self.limits().grant_window_tokens.max(1)).min(covered);
+        let output_tokens =
+            (self.counted.output_tokens + self.limits().grant_window_tokens.max(1)).min(covered);
         // At the request's own limit the node ends by itself.
         let at_budget = self.purse.is_final && covered < u64::from(self.start.output_tokens_max);
         Grant { output_tokens, is_final: at_budget && output_tokens == covered }
@@ -237,7 +240,10 @@ impl Relay<'_> {
             }
         };
         if timeout(wait, ending).await.is_err() {
-            tracing::warn!(node = self.node, "a cancelled node did not say what it used; its last word counts");
+            tracing::warn!(
+                node = self.node,
+                "a cancelled node did not say what it used; its last word counts"
+            );
         }
     }
 

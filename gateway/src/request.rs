@@ -148,7 +148,10 @@ pub struct StopStrings(Vec<String>);
 impl StopStrings {
     pub fn new(strings: Vec<String>) -> Result<StopStrings, Expected> {
         if strings.len() > STOP_STRINGS_MAX {
-            return expected(format!("must hold at most {STOP_STRINGS_MAX} strings, but holds {}", strings.len()));
+            return expected(format!(
+                "must hold at most {STOP_STRINGS_MAX} strings, but holds {}",
+                strings.len()
+            ));
         }
         if strings.iter().any(String::is_empty) {
             return expected("must not hold an empty string");

@@ -57,7 +57,8 @@ impl Nodes {
             return Err(ConnectError::NoNodes);
         }
         let channels = endpoints.into_iter().map(open).collect::<Result<Vec<_>, _>>()?;
-        let nodes = join_all(channels.into_iter().map(|(name, channel)| NodeClient::start(name, channel))).await;
+        let nodes =
+            join_all(channels.into_iter().map(|(name, channel)| NodeClient::start(name, channel))).await;
         let seed = uuid::Uuid::now_v7().as_u64_pair().1;
         Ok(Nodes(Arc::new(Inner { nodes, draws: AtomicU64::new(seed) })))
     }
@@ -69,8 +70,9 @@ impl Nodes {
     /// Every model that any node serves, by name; of nodes that are down, what they served last.
     pub fn models(&self) -> Vec<ModelDescription> {
         let seen = self.0.nodes.iter().map(|node| node.seen());
-        let mut models: Vec<_> =
-            seen.flat_map(|seen| seen.models.iter().map(|model| (**model).clone()).collect::<Vec<_>>()).collect();
+        let mut models: Vec<_> = seen
+            .flat_map(|seen| seen.models.iter().map(|model| (**model).clone()).collect::<Vec<_>>())
+            .collect();
         models.sort_by(|a, b| a.name.cmp(&b.name));
         models.dedup_by(|a, b| a.name == b.name);
         models
@@ -118,7 +120,8 @@ impl Nodes {
 
     /// Asks every node for its load now, rather than within a second.
     pub async fn refresh(&self) {
-        join_all(self.0.nodes.iter().filter(|node| node.seen().reachable).map(|node| node.check(false))).await;
+        join_all(self.0.nodes.iter().filter(|node| node.seen().reachable).map(|node| node.check(false)))
+            .await;
     }
 
     /// Two different indices below `count`, where there are two.

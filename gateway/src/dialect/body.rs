@@ -16,8 +16,8 @@ pub async fn read_json(request: Request, limits: &Limits) -> Result<Value, ApiEr
     let bytes = tokio::time::timeout(timeout, read(request.into_body(), limits))
         .await
         .map_err(|_| ApiError::BodyTimeout)??;
-    let value: Value =
-        serde_json::from_slice(&bytes).map_err(|error| ApiError::InvalidJson { detail: error.to_string() })?;
+    let value: Value = serde_json::from_slice(&bytes)
+        .map_err(|error| ApiError::InvalidJson { detail: error.to_string() })?;
     match value.is_object() {
         true => Ok(value),
         false => Err(ApiError::InvalidJson { detail: "it must be an object".to_owned() }),

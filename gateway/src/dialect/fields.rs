@@ -112,6 +112,7 @@ pub fn wrong_type(path: String, expected: &str, found: &Value) -> ApiError {
 }
 
 fn as_integer(value: &Value) -> Option<i64> {
-    let float = |value: &Value| value.as_f64().filter(|number| number.fract() == 0.0).map(|number| number as i64);
+    let float =
+        |value: &Value| value.as_f64().filter(|number| number.fract() == 0.0).map(|number| number as i64);
     value.as_i64().or_else(|| value.as_u64().map(|_| i64::MAX)).or_else(|| float(value))
 }

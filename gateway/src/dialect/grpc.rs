@@ -10,9 +10,9 @@ use futures::stream::BoxStream;
 use sluice_proto::{
     node::v1::ModelDescription,
     v1::{
-        self as proto, ChatParameters, CreateChatCompletionRequest, CreateChatCompletionResponse, GetModelRequest,
-        GetModelResponse, ListModelsRequest, ListModelsResponse, StreamChatCompletionRequest,
-        StreamChatCompletionResponse,
+        self as proto, ChatParameters, CreateChatCompletionRequest, CreateChatCompletionResponse,
+        GetModelRequest, GetModelResponse, ListModelsRequest, ListModelsResponse,
+        StreamChatCompletionRequest, StreamChatCompletionResponse,
         chat_service_server::{ChatService, ChatServiceServer},
         model_service_server::{ModelService, ModelServiceServer},
     },
@@ -25,8 +25,8 @@ use crate::{
     complete::{self, Caller, Completion, Delivery, Event, FinishReason},
     error::{ApiError, Fault},
     request::{
-        self, CompletionRequest, EndUser, Expected, Message, Messages, ModelName, Prompt, Role, Sampling, StopStrings,
-        Temperature, TopP,
+        self, CompletionRequest, EndUser, Expected, Message, Messages, ModelName, Prompt, Role, Sampling,
+        StopStrings, Temperature, TopP,
     },
     stack::Arrival,
 };
@@ -100,12 +100,18 @@ impl ChatService for Api {
 
 #[tonic::async_trait]
 impl ModelService for Api {
-    async fn list_models(&self, _: Request<ListModelsRequest>) -> Result<Response<ListModelsResponse>, Status> {
+    async fn list_models(
+        &self,
+        _: Request<ListModelsRequest>,
+    ) -> Result<Response<ListModelsResponse>, Status> {
         let models = self.0.nodes.models().into_iter().map(model).collect();
         Ok(Response::new(ListModelsResponse { models }))
     }
 
-    async fn get_model(&self, request: Request<GetModelRequest>) -> Result<Response<GetModelResponse>, Status> {
+    async fn get_model(
+        &self,
+        request: Request<GetModelRequest>,
+    ) -> Result<Response<GetModelResponse>, Status> {
         let arrival = arrival(&request)?;
         let name = request.into_inner().name;
         match self.0.nodes.models().into_iter().find(|model| model.name == name) {
@@ -132,7 +138,11 @@ impl Api {
 
 /// When the request came in and its id; the stack puts both into every request.
 fn arrival<T>(request: &Request<T>) -> Result<Arrival, Status> {
-    request.extensions().get::<Arrival>().cloned().ok_or_else(|| Status::internal("the request has no arrival"))
+    request
+        .extensions()
+        .get::<Arrival>()
+        .cloned()
+        .ok_or_else(|| Status::internal("the request has no arrival"))
 }
 
 fn caller<T>(request: &Request<T>, delivery: Delivery) -> Result<Caller, ApiError> {
@@ -146,7 +156,8 @@ fn caller<T>(request: &Request<T>, delivery: Delivery) -> Result<Caller, ApiErro
 /// By `grpc-timeout`: at most eight digits and a unit.
 fn deadline(metadata: &MetadataMap, received: Instant) -> Result<Option<Instant>, ApiError> {
     let Some(value) = metadata.get("grpc-timeout") else { return Ok(None) };
-    let refuse = || ApiError::field(Fault::Value, "grpc-timeout", "must be up to 8 digits and one of H M S m u n");
+    let refuse =
+        || ApiError::field(Fault::Value, "grpc-timeout", "must be up to 8 digits and one of H M S m u n");
     let text = value.to_str().map_err(|_| refuse())?;
     let (digits, unit) = text.split_at_checked(text.len().saturating_sub(1)).ok_or_else(refuse)?;
     if digits.len() > 8 {
@@ -166,7 +177,8 @@ fn deadline(metadata: &MetadataMap, received: Instant) -> Result<Option<Instant>
 }
 
 fn parse(parameters: &ChatParameters) -> Result<CompletionRequest, ApiError> {
-    let messages = parameters.messages.iter().enumerate().map(|(at, m)| message_of(m, at)).collect::<Result<_, _>>()?;
+    let messages =
+        parameters.messages.iter().enumerate().map(|(at, m)| message_of(m, at)).collect::<Result<_, _>>()?;
     let limit = parameters.output_tokens_max.map(i64::from).map(request::output_tokens_max).transpose();
     let temperature = parameters.temperature.map(f64::from).map(Temperature::new).transpose();
     let top_p = parameters.top_p.map(f64::from).map(TopP::new).transpose();
@@ -258,7 +270,8 @@ mod tests {
     use super::*;
 
     fn check_parameters(change: impl FnOnce(&mut ChatParameters), expect: Option<&str>) {
-        let message = proto::ChatMessage { role: proto::Role::User.into(), content: "x".into(), name: String::new() };
+        let message =
+            proto::ChatMessage { role: proto::Role::User.into(), content: "x".into(), name: String::new() };
         let mut parameters =
             ChatParameters { model: "m".into(), messages: vec![message], ..ChatParameters::default() };
         change(&mut parameters);

@@ -85,7 +85,8 @@ fn output_tokens_max(body: &Fields<'_>) -> Result<Option<std::num::NonZeroU32>, 
 fn messages(body: &Fields<'_>) -> Result<Messages, ApiError> {
     body.required("messages")?;
     let values = body.array("messages")?.unwrap_or_default();
-    let messages = values.iter().enumerate().map(|(index, value)| message(value, index)).collect::<Result<_, _>>()?;
+    let messages =
+        values.iter().enumerate().map(|(index, value)| message(value, index)).collect::<Result<_, _>>()?;
     body.check("messages", Messages::new(messages))
 }
 

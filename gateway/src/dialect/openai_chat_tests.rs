@@ -75,14 +75,17 @@ fn what_is_not_done_is_refused() {
     refused(json!({ "modalities": ["text", "audio"] }), value, "modalities");
     refused(json!({ "audio": { "voice": "x" } }), parameter, "audio");
     refused(json!({ "messages": [{ "role": "tool", "content": "x" }] }), value, "messages[0].role");
-    let image = json!([{ "role": "user", "content": [{ "type": "image_url", "image_url": { "url": "data:," } }] }]);
+    let image =
+        json!([{ "role": "user", "content": [{ "type": "image_url", "image_url": { "url": "data:," } }] }]);
     refused(json!({ "messages": image }), value, "messages[0].content[0].type");
 }
 
 #[test]
 fn what_asks_for_nothing_is_accepted() {
     accepted(json!({ "n": 1, "tools": [], "tool_choice": "none", "logprobs": false, "logit_bias": {} }));
-    accepted(json!({ "frequency_penalty": 0, "presence_penalty": 0.0, "response_format": { "type": "text" } }));
+    accepted(
+        json!({ "frequency_penalty": 0, "presence_penalty": 0.0, "response_format": { "type": "text" } }),
+    );
     accepted(json!({ "a_field_of_next_year": { "deep": [1, 2] }, "modalities": ["text"], "stop": [] }));
     let (request, options) = accepted(json!({
         "temperature": null, "top_p": null, "top_k": null, "n": null, "stop": null, "seed": null, "tools": null,
@@ -104,7 +107,8 @@ fn values_arrive() {
         "stop": "x", "user": "u", "stream": true, "stream_options": { "include_usage": true },
     }));
     let Prompt::Chat(messages) = &request.prompt else { panic!("a chat prompt") };
-    let got: Vec<_> = messages.as_slice().iter().map(|m| (m.role, m.content.as_str(), m.name.as_str())).collect();
+    let got: Vec<_> =
+        messages.as_slice().iter().map(|m| (m.role, m.content.as_str(), m.name.as_str())).collect();
     assert_eq!(got, [(Role::System, "be brief", "ops"), (Role::User, "ab", ""), (Role::Assistant, "", "")]);
     assert_eq!(request.output_tokens_max.map(|limit| limit.get()), Some(7));
     assert_eq!(request.sampling.seed, Some(u64::MAX));
@@ -128,7 +132,8 @@ fn streamed(include_usage: bool, events: Vec<Result<Event, ApiError>>, expect: &
         out.extend_from_slice(&sse::frames(&mut chunks, event));
     }
     let head = r#"{"id":"chatcmpl-1","object":"chat.completion.chunk","created":7,"model":"m","system_fingerprint":"fp_0","#;
-    let expect: String = expect.iter().map(|frame| format!("data: {}\n\n", frame.replace('@', head))).collect();
+    let expect: String =
+        expect.iter().map(|frame| format!("data: {}\n\n", frame.replace('@', head))).collect();
     assert_eq!(String::from_utf8(out).expect("UTF-8"), expect);
 }
 

@@ -182,7 +182,10 @@ impl Codec for TextChunks {
                 let last = self.chunk(vec![Choice::new("", Some(openai::finish_reason(finish.reason)))]);
                 frames.push(&TextCompletion { sluice: openai::extension(&finish), ..last });
                 if self.include_usage {
-                    frames.push(&TextCompletion { usage: Some(Some(finish.usage.into())), ..self.chunk(vec![]) });
+                    frames.push(&TextCompletion {
+                        usage: Some(Some(finish.usage.into())),
+                        ..self.chunk(vec![])
+                    });
                 }
             }
         }
