@@ -1,0 +1,317 @@
+//! `POST /v1/chat/completions`.
+//!
+//! ```text
+//! data: {..."delta":{"role":"assistant","content":""},"finish_reason":null}
+//! data: {..."delta":{"content":"Hello"},"finish_reason":null}
+//! data: {..."delta":{},"finish_reason":"stop"}
+//! data: {..."choices":[],"usage":{...}}          with stream_options.include_usage
+//! data: [DONE]
+//! ```
+
+use std::sync::Arc;
+
+use axum::{
+    Extension, Json,
+    extract::{Request, State},
+    response::{IntoResponse, Response},
+};
+use serde::Serialize;
+use serde_json::Value;
+
+use super::{
+    body::read_json,
+    fields::{Fields, wrong_type},
+    openai::{self, StreamOptions, UsageBody},
+    sse::{self, Codec, Frames},
+};
+use crate::{
+    app::App,
+    auth::Principal,
+    complete::{self, Completion, Delivery, Event},
+    error::{ApiError, Fault},
+    request::{self, CompletionRequest, EndUser, Message, Messages, Prompt, Role},
+    stack::Arrival,
+};
+
+pub async fn create(
+    State(app): State<Arc<App>>,
+    Extension(arrival): Extension<Arrival>,
+    Extension(principal): Extension<Arc<Principal>>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let body = read_json(request, &app.limits).await?;
+    let (request, options) = parse(&body)?;
+    drop(body);
+    let delivery = if options.stream { Delivery::Streamed } else { Delivery::Whole };
+    let mut completion = complete::start(&app, arrival.caller(principal, delivery, None), request).await?;
+    let head = Head::of(&completion);
+    if options.stream {
+        return Ok(sse::response(completion, ChatChunks::new(head, options.include_usage)));
+    }
+    let answer = completion.whole().await?;
+    let mut response = Json(whole(&head, &answer)).into_response();
+    openai::mark_budget(&answer.finish, &mut response);
+    Ok(response)
+}
+
+fn parse(body: &Value) -> Result<(CompletionRequest, StreamOptions), ApiError> {
+    let body = Fields::of(body, "")?;
+    let model = openai::model(&body)?;
+    let messages = messages(&body)?;
+    refuse_unsupported(&body)?;
+    let request = CompletionRequest {
+        model,
+        prompt: Prompt::Chat(messages),
+        output_tokens_max: output_tokens_max(&body)?,
+        sampling: openai::sampling(&body)?,
+        stop: openai::stop(&body)?,
+        user: openai::user(&body)?,
+    };
+    Ok((request, openai::stream_options(&body)?))
+}
+
+/// `max_completion_tokens`, or its older name; given both, the smaller.
+fn output_tokens_max(body: &Fields<'_>) -> Result<Option<std::num::NonZeroU32>, ApiError> {
+    let mut limit = None;
+    for name in ["max_completion_tokens", "max_tokens"] {
+        if let Some(value) = body.integer(name)? {
+            let value = body.check(name, request::output_tokens_max(value))?;
+            limit = Some(limit.map_or(value, |other: std::num::NonZeroU32| other.min(value)));
+        }
+    }
+    Ok(limit)
+}
+
+fn messages(body: &Fields<'_>) -> Result<Messages, ApiError> {
+    body.required("messages")?;
+    let values = body.array("messages")?.unwrap_or_default();
+    let messages =
+        values.iter().enumerate().map(|(index, value)| message(value, index)).collect::<Result<_, _>>()?;
+    body.check("messages", Messages::new(messages))
+}
+
+fn message(value: &Value, index: usize) -> Result<Message, ApiError> {
+    let fields = Fields::of(value, format!("messages[{index}]"))?;
+    fields.required("role")?;
+    let role = match fields.string("role")?.unwrap_or_default() {
+        "system" | "developer" => Role::System,
+        "user" => Role::User,
+        "assistant" => Role::Assistant,
+        "tool" | "function" => return Err(fields.unsupported_value("role", "tools are not")),
+        _ => {
+            let message = "must be one of system, developer, user and assistant";
+            return Err(ApiError::field(Fault::Value, fields.path("role"), message));
+        }
+    };
+    if fields.array("tool_calls")?.is_some_and(|calls| !calls.is_empty()) {
+        return Err(fields.unsupported("tool_calls"));
+    }
+    for name in ["function_call", "audio"] {
+        if fields.get(name).is_some() {
+            return Err(fields.unsupported(name));
+        }
+    }
+    let content = match fields.get("content") {
+        // An answer without text: what our own answers look like when the first token ended them.
+        None if role == Role::Assistant => String::new(),
+        None => return Err(ApiError::field(Fault::Missing, fields.path("content"), "is required")),
+        Some(Value::String(text)) => text.clone(),
+        Some(Value::Array(parts)) => text_of_parts(&fields, parts)?,
+        Some(other) => return Err(fields.wrong_type("content", "a string or a list of parts", other)),
+    };
+    let name = fields.string("name")?.unwrap_or_default();
+    let name = fields.check("name", EndUser::new(name.to_owned()))?.as_str().to_owned();
+    Ok(Message { role, content, name })
+}
+
+/// Text parts, one after another, as chat templates print them.
+fn text_of_parts(message: &Fields<'_>, parts: &[Value]) -> Result<String, ApiError> {
+    let mut text = String::new();
+    for (index, part) in parts.iter().enumerate() {
+        let part = Fields::of(part, message.path(&format!("content[{index}]")))?;
+        part.required("type")?;
+        match part.string("type")?.unwrap_or_default() {
+            "text" => {
+                part.required("text")?;
+                text.push_str(part.string("text")?.unwrap_or_default());
+            }
+            _ => return Err(part.unsupported_value("type", "only 'text' is")),
+        }
+    }
+    match parts.is_empty() {
+        true => Err(ApiError::field(Fault::Value, message.path("content"), "must hold at least one part")),
+        false => Ok(text),
+    }
+}
+
+/// Everything that asks for what this version does not do. Never dropped in silence: a client that wanted it must know.
+fn refuse_unsupported(body: &Fields<'_>) -> Result<(), ApiError> {
+    openai::refuse_unsupported(body)?;
+    if body.boolean("logprobs")? == Some(true) {
+        return Err(body.unsupported("logprobs"));
+    }
+    if body.integer("top_logprobs")?.is_some_and(|count| count != 0) {
+        return Err(body.unsupported("top_logprobs"));
+    }
+    for name in ["tools", "functions"] {
+        if body.array(name)?.is_some_and(|list| !list.is_empty()) {
+            return Err(body.unsupported(name));
+        }
+    }
+    for name in ["tool_choice", "function_call"] {
+        match body.get(name) {
+            None => {}
+            Some(Value::String(choice)) if choice == "none" || choice == "auto" => {}
+            Some(_) => return Err(body.unsupported_value(name, "only 'none' and 'auto' are")),
+        }
+    }
+    if let Some(format) = body.object("response_format")? {
+        format.required("type")?;
+        if format.string("type")? != Some("text") {
+            return Err(format.unsupported_value("type", "only 'text' is"));
+        }
+    }
+    if let Some(modalities) = body.array("modalities")?
+        && let Some(other) = modalities.iter().find(|modality| modality.as_str() != Some("text"))
+    {
+        return match other.is_string() {
+            true => Err(body.unsupported_value("modalities", "only 'text' is")),
+            false => Err(wrong_type(body.path("modalities"), "a list of strings", other)),
+        };
+    }
+    for name in ["audio", "prediction", "web_search_options"] {
+        if body.get(name).is_some() {
+            return Err(body.unsupported(name));
+        }
+    }
+    Ok(())
+}
+
+/// What every chunk of an answer repeats.
+#[derive(Clone, Debug)]
+struct Head {
+    id: String,
+    created: i64,
+    model: String,
+    system_fingerprint: String,
+}
+
+impl Head {
+    fn of(completion: &Completion) -> Head {
+        Head {
+            id: format!("chatcmpl-{}", completion.request_id.simple()),
+            created: completion.created_s,
+            model: completion.model.name.clone(),
+            system_fingerprint: openai::system_fingerprint(&completion.model.content_hash),
+        }
+    }
+}
+
+fn whole(head: &Head, answer: &complete::Answer) -> Value {
+    let mut body = serde_json::json!({
+        "id": head.id,
+        "object": "chat.completion",
+        "created": head.created,
+        "model": head.model,
+        "choices": [{
+            "index": 0,
+            "message": { "role": "assistant", "content": answer.text, "refusal": null },
+            "logprobs": null,
+            "finish_reason": openai::finish_reason(answer.finish.reason),
+        }],
+        "usage": UsageBody::from(answer.finish.usage),
+        "system_fingerprint": head.system_fingerprint,
+    });
+    if let Some(extension) = openai::extension(&answer.finish) {
+        body["sluice"] = serde_json::json!(extension);
+    }
+    body
+}
+
+/// Writes the chunks of one stream.
+struct ChatChunks {
+    head: Head,
+    include_usage: bool,
+    begun: bool,
+}
+
+#[derive(Serialize)]
+struct Chunk<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: i64,
+    model: &'a str,
+    system_fingerprint: &'a str,
+    choices: Vec<Choice<'a>>,
+    /// Outer absent: not asked for. Inner absent: null until its own chunk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Option<UsageBody>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sluice: Option<openai::Extension>,
+}
+
+#[derive(Serialize)]
+struct Choice<'a> {
+    index: u32,
+    delta: Delta<'a>,
+    logprobs: Option<()>,
+    finish_reason: Option<&'static str>,
+}
+
+#[derive(Default, Serialize)]
+struct Delta<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content: Option<&'a str>,
+}
+
+impl ChatChunks {
+    fn new(head: Head, include_usage: bool) -> ChatChunks {
+        ChatChunks { head, include_usage, begun: false }
+    }
+
+    fn chunk<'a>(&'a self, choices: Vec<Choice<'a>>) -> Chunk<'a> {
+        Chunk {
+            id: &self.head.id,
+            object: "chat.completion.chunk",
+            created: self.head.created,
+            model: &self.head.model,
+            system_fingerprint: &self.head.system_fingerprint,
+            choices,
+            usage: self.include_usage.then_some(None),
+            sluice: None,
+        }
+    }
+
+    fn delta<'a>(&'a self, delta: Delta<'a>, finish_reason: Option<&'static str>) -> Chunk<'a> {
+        self.chunk(vec![Choice { index: 0, delta, logprobs: None, finish_reason }])
+    }
+}
+
+impl Codec for ChatChunks {
+    fn encode(&mut self, event: Event, frames: &mut Frames) {
+        if !self.begun {
+            frames.push(&self.delta(Delta { role: Some("assistant"), content: Some("") }, None));
+            self.begun = true;
+        }
+        match event {
+            Event::Text(text) if text.is_empty() => {}
+            Event::Text(text) => {
+                frames.push(&self.delta(Delta { role: None, content: Some(&text) }, None));
+            }
+            Event::Finished(finish) => {
+                let reason = openai::finish_reason(finish.reason);
+                let last = self.delta(Delta::default(), Some(reason));
+                frames.push(&Chunk { sluice: openai::extension(&finish), ..last });
+                if self.include_usage {
+                    frames.push(&Chunk { usage: Some(Some(finish.usage.into())), ..self.chunk(vec![]) });
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "openai_chat_tests.rs"]
+mod tests;
