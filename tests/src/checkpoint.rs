@@ -27,12 +27,13 @@ pub fn bundled_model() -> PathBuf {
 pub async fn random_model() -> PathBuf {
     static MADE: OnceCell<TempDir> = OnceCell::const_new();
     let folder = MADE.get_or_init(make_random_model).await;
-    folder.path().join("random")
+    folder.path().join(RANDOM_MODEL)
 }
 
 async fn make_random_model() -> TempDir {
     let bundled = bundled_model();
-    let text = std::fs::read_to_string(bundled.join("config.json")).expect("the bundled model has a config.json");
+    let text =
+        std::fs::read_to_string(bundled.join("config.json")).expect("the bundled model has a config.json");
     let mut config: Value = serde_json::from_str(&text).expect("config.json is JSON");
     let layers = ["linear_attention", "full_attention", "linear_attention"];
     for (field, value) in [
@@ -46,7 +47,7 @@ async fn make_random_model() -> TempDir {
     let folder = TempDir::with_prefix("sluice-random-model-").expect("a temporary directory");
     let config_path = folder.path().join("config.json");
     std::fs::write(&config_path, config.to_string()).expect("the config is written");
-    let out = folder.path().join("random");
+    let out = folder.path().join(RANDOM_MODEL);
     let (config_path, out_path) = (path_text(&config_path), path_text(&out));
     run_to_json(
         "sluice-node",
@@ -64,6 +65,7 @@ async fn make_random_model() -> TempDir {
     folder
 }
 
+const RANDOM_MODEL: &str = "random-minimax";
 /// The context of the random model: long enough that no test reaches it by accident.
 const CONTEXT_TOKENS: u32 = 16_384;
 

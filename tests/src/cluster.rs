@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Output};
+use std::process::{Command, Output};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -68,7 +68,8 @@ impl Cluster {
     /// Starts `sluice up` on the same data directory, after a [`Cluster::stop`].
     pub async fn restart(&mut self) {
         assert!(self.process.is_none(), "stop it first");
-        let mut process = Process::spawn("sluice", up_args(&self.data_dir(), &self.options), &self.log_path());
+        let mut process =
+            Process::spawn("sluice", up_args(&self.data_dir(), &self.options), &self.log_path());
         let ready = process.announcement().await;
         let field = |name: &str| match ready[name].as_str() {
             Some(text) if !text.is_empty() => text.to_owned(),
@@ -80,33 +81,30 @@ impl Cluster {
         self.admin_key = field("admin_key");
         self.process = Some(process);
         let models = self.get("/models").await.ok();
-        let ids: Vec<&str> = models["data"].as_array().into_iter().flatten().filter_map(|m| m["id"].as_str()).collect();
+        let ids: Vec<&str> =
+            models["data"].as_array().into_iter().flatten().filter_map(|m| m["id"].as_str()).collect();
         let [model] = ids[..] else { panic!("one model is served: {models}") };
         self.model = model.to_owned();
     }
 
-    /// Sends a signal and waits for the end. A drained platform exits with status 0.
-    pub async fn stop(&mut self, signal: Signal) -> ExitStatus {
+    /// Sends a signal and waits for the end.
+    pub async fn stop(&mut self, signal: Signal) {
+        self.signal(signal);
+        self.ended(signal).await;
+    }
+
+    /// Sends a signal without waiting: for clients that are still connected. Then [`Cluster::ended`].
+    pub fn signal(&self, signal: Signal) {
+        self.process.as_ref().expect("it runs").signal(signal);
+    }
+
+    /// Waits for the end that a signal asked for. A drain exits with status 0.
+    pub async fn ended(&mut self, signal: Signal) {
         let mut process = self.process.take().expect("it runs");
-        process.signal(signal);
         let (status, more) = process.exit().await;
         assert!(more.is_empty(), "stdout carries the announcement and nothing else: {more:?}");
-        if !matches!(signal, Signal::Kill) {
-            assert!(status.success(), "a drain exits with 0, not {status}; its log:\n{}", process.log());
-        }
-        status
-    }
-
-    /// Sends a signal without waiting for the end: for clients that are still connected. Then [`Cluster::stopped`].
-    pub fn signal(&mut self, signal: Signal) {
-        self.process.as_mut().expect("it runs").signal(signal);
-    }
-
-    /// Waits for the end that a [`Cluster::signal`] asked for.
-    pub async fn stopped(&mut self) {
-        let mut process = self.process.take().expect("it runs");
-        let (status, _) = process.exit().await;
-        assert!(status.success(), "a drain exits with 0, not {status}; its log:\n{}", process.log());
+        let as_asked = matches!(signal, Signal::Kill) || status.success();
+        assert!(as_asked, "a drain exits with 0, not {status}; its log:\n{}", process.log());
     }
 
     /// The epilogue of every test: no open hold, a clean drain, clean books.
@@ -119,11 +117,14 @@ impl Cluster {
         self.finished = true;
     }
 
-    /// Waits until every request in flight has been settled or voided.
+    /// Waits until every request in flight has been settled or voided, and what was settled is in the ledger.
     pub async fn settled(&self) {
-        eventually("every hold ends", async || match self.metrics().await.holds_open() {
-            0 => Ok(()),
-            open => Err(format!("{open} open holds")),
+        eventually("every hold ends, and is shipped", async || {
+            let metrics = self.metrics().await;
+            match (metrics.holds_open(), metrics.outbox_backlog()) {
+                (0, 0) => Ok(()),
+                (open, backlog) => Err(format!("{open} open holds, {backlog} events in the outbox")),
+            }
         })
         .await;
     }
@@ -131,7 +132,8 @@ impl Cluster {
     /// `sluice audit`: every request ended once, every transaction sums to zero, every line re-derives.
     pub async fn assert_books_balance(&self) {
         let output = self.cli_output(&["audit", "--json"]).await;
-        let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        let said =
+            format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
         assert!(output.status.success(), "the books do not balance: {said}");
     }
 

@@ -11,6 +11,7 @@ pub struct Metrics {
 
 /// Names the tests rely on. They are the operator's contract too: dashboards and alerts use the same.
 const HOLDS_OPEN: &str = "sluice_holds_open";
+const OUTBOX_BACKLOG: &str = "sluice_outbox_backlog_events";
 const NODE_PROMPT_TOKENS: &str = "sluice_node_prompt_tokens_total";
 const NODE_OUTPUT_TOKENS: &str = "sluice_node_output_tokens_total";
 
@@ -43,6 +44,11 @@ impl Metrics {
     /// Requests admitted and not yet settled, voided or expired.
     pub fn holds_open(&self) -> u64 {
         self.sum(HOLDS_OPEN) as u64
+    }
+
+    /// Usage events that are durable here and not yet in the ledger.
+    pub fn outbox_backlog(&self) -> u64 {
+        self.sum(OUTBOX_BACKLOG) as u64
     }
 
     /// The node's odometer: prompt tokens computed since it started.

@@ -54,16 +54,17 @@ impl Process {
         })
     }
 
-    pub fn signal(&mut self, signal: Signal) {
-        assert!(self.is_running(), "{} has already ended:\n{}", self.name, self.log());
+    pub fn signal(&self, signal: Signal) {
         let flag = match signal {
             Signal::Interrupt => "-INT",
             Signal::Terminate => "-TERM",
             Signal::Kill => "-KILL",
         };
         // The shell's own `kill`: there without any package, and without `unsafe` here.
-        let sent = Command::new("sh").args(["-c", "kill \"$0\" \"$1\"", flag, &self.child.id().to_string()]).status();
-        assert!(sent.expect("sh runs").success(), "{} takes a {signal:?}", self.name);
+        let sent = Command::new("sh")
+            .args(["-c", "kill \"$0\" \"$1\"", flag, &self.child.id().to_string()])
+            .status();
+        assert!(sent.expect("sh runs").success(), "{} has already ended:\n{}", self.name, self.log());
     }
 
     /// Waits until it has exited; returns its status and the lines it wrote to stdout meanwhile.
@@ -78,10 +79,6 @@ impl Process {
             lines.push(line);
         }
         (status, lines)
-    }
-
-    pub fn is_running(&mut self) -> bool {
-        self.child.try_wait().expect("a child can be asked").is_none()
     }
 
     /// Everything it has written to stderr, by this and earlier processes with the same log.

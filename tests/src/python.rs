@@ -35,7 +35,9 @@ pub async fn pytest(cluster: &Cluster, file: &str) {
 fn python() -> PathBuf {
     let path = match std::env::var_os("SLUICE_TEST_PYTHON") {
         Some(path) => PathBuf::from(path),
-        None => profile_dir().parent().expect("a profile lies in the target directory").join("venv/bin/python"),
+        None => {
+            profile_dir().parent().expect("a profile lies in the target directory").join("venv/bin/python")
+        }
     };
     assert!(path.exists(), "{} does not exist: run ./tests/run once, it makes it", path.display());
     path

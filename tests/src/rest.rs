@@ -37,7 +37,10 @@ impl Reply {
     #[track_caller]
     pub fn content(&self) -> String {
         let body = self.ok();
-        body["choices"][0]["message"]["content"].as_str().unwrap_or_else(|| panic!("no content: {body}")).to_owned()
+        body["choices"][0]["message"]["content"]
+            .as_str()
+            .unwrap_or_else(|| panic!("no content: {body}"))
+            .to_owned()
     }
 
     /// (prompt, completion) tokens, of which the total must be the sum.
@@ -57,7 +60,13 @@ pub(crate) fn usage_of(usage: &Value) -> (u64, u64) {
 
 /// What an error must be: `(status, code, param)`, in the OpenAI envelope with exactly its four keys.
 #[track_caller]
-pub fn assert_error(case: &str, reply: &Reply, status: u16, code: Option<&str>, param: Option<&str>) -> String {
+pub fn assert_error(
+    case: &str,
+    reply: &Reply,
+    status: u16,
+    code: Option<&str>,
+    param: Option<&str>,
+) -> String {
     assert_eq!(reply.status, status, "{case}: {}", reply.text);
     let content_type = reply.header("content-type").unwrap_or_default();
     assert!(content_type.starts_with("application/json"), "{case}: an error is JSON, not {content_type:?}");

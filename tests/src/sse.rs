@@ -49,7 +49,8 @@ impl Stream {
             assert_eq!(after, None, "nothing follows [DONE]");
             return None;
         }
-        let frame: Value = serde_json::from_str(&frame).unwrap_or_else(|error| panic!("{error} in frame {frame}"));
+        let frame: Value =
+            serde_json::from_str(&frame).unwrap_or_else(|error| panic!("{error} in frame {frame}"));
         assert!(frame.get("error").is_none(), "an error frame: {frame}");
         self.frames.push(frame.clone());
         Some(frame)
@@ -91,7 +92,11 @@ impl Stream {
             match self.body.next().await {
                 Some(part) => self.unread.extend(part),
                 None => {
-                    assert!(self.unread.is_empty(), "a torn frame: {:?}", String::from_utf8_lossy(&self.unread));
+                    assert!(
+                        self.unread.is_empty(),
+                        "a torn frame: {:?}",
+                        String::from_utf8_lossy(&self.unread)
+                    );
                     return None;
                 }
             }
