@@ -6,7 +6,6 @@ use std::collections::BTreeMap;
 #[derive(Debug, Clone)]
 pub struct Metrics {
     sums: BTreeMap<String, f64>,
-    samples: Vec<(String, f64)>,
 }
 
 /// Names the tests rely on. They are the operator's contract too: dashboards and alerts use the same.
@@ -18,13 +17,12 @@ const NODE_OUTPUT_TOKENS: &str = "sluice_node_output_tokens_total";
 impl Metrics {
     /// Parses the text format, and panics on a line that is not of it.
     pub fn parse(text: &str) -> Metrics {
-        let mut metrics = Metrics { sums: BTreeMap::new(), samples: Vec::new() };
+        let mut metrics = Metrics { sums: BTreeMap::new() };
         for line in text.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
             let (series, value) = line.rsplit_once(' ').unwrap_or_else(|| panic!("no sample: {line}"));
             let value: f64 = value.parse().unwrap_or_else(|_| panic!("no number: {line}"));
             let name = series.split('{').next().expect("split has a first part");
             *metrics.sums.entry(name.to_owned()).or_default() += value;
-            metrics.samples.push((series.to_owned(), value));
         }
         metrics
     }
@@ -33,12 +31,6 @@ impl Metrics {
     pub fn sum(&self, name: &str) -> f64 {
         let names = || self.sums.keys().map(String::as_str).collect::<Vec<_>>().join("\n  ");
         *self.sums.get(name).unwrap_or_else(|| panic!("/metrics has no {name}; it has\n  {}", names()))
-    }
-
-    /// The sum over the series whose labels contain `label`, such as `status="429"`.
-    pub fn sum_where(&self, name: &str, label: &str) -> f64 {
-        let wanted = |series: &str| series.starts_with(name) && series.contains(label);
-        self.samples.iter().filter(|(series, _)| wanted(series)).map(|(_, value)| value).sum()
     }
 
     /// Requests admitted and not yet settled, voided or expired.

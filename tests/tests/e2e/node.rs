@@ -95,7 +95,7 @@ async fn commands_refuse_nonsense_and_name_it() {
         (&["generate", "--model", "/no/such/model", "--prompt", "x"][..], "/no/such/model"),
         (&["generate", "--model", model, "--ids", "1,x"], "ids"),
         (&["generate", "--model", model, "--ids", "4000000000"], "4000000000"),
-        (&["generate", "--model", model, "--prompt", "x", "--temperature", "-1"], "temperature"),
+        (&["generate", "--model", model, "--prompt", "x", "--temperature=-1"], "temperature"),
         (&["generate", "--model", model], "--prompt"),
         (&["logits", "--model", model, "--ids", ""], "ids"),
         (&["init", "--config", "/no/such/config.json", "--out", "/tmp/never"], "/no/such/config.json"),
