@@ -1,0 +1,308 @@
+//! The audit: is everything that the books claim true?
+//!
+//! Runs on one snapshot, beside a running server too, reads every fact once in pages, and trusts no cached sum. A check
+//! that fails names its evidence.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::Serialize;
+use sqlx::SqliteConnection;
+
+use crate::{
+    Books,
+    catalog::{self, Catalog},
+    error::BillingError,
+    event::Quantities,
+    lease, ledger,
+    money::{Money, Total},
+    price::{PriceBookHash, cost},
+    ship,
+    usage::{self, EventRow, RollupRow, UsageQuery},
+};
+
+/// Rows read at a time.
+const PAGE: i64 = 4_096;
+/// Evidence kept for one check; the rest is only counted.
+const EVIDENCE_MAX: usize = 100;
+
+/// What was checked and what was found.
+#[derive(Clone, Debug, Serialize)]
+pub struct Audit {
+    pub checks: Vec<Check>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct Check {
+    /// The claim.
+    pub name: &'static str,
+    /// How many things it was checked on.
+    pub checked: u64,
+    pub failed: u64,
+    /// The first failures, in words.
+    pub evidence: Vec<String>,
+}
+
+impl Audit {
+    pub fn is_clean(&self) -> bool {
+        self.checks.iter().all(|check| check.failed == 0)
+    }
+}
+
+impl Check {
+    fn new(name: &'static str) -> Check {
+        Check { name, checked: 0, failed: 0, evidence: Vec::new() }
+    }
+
+    fn expect(&mut self, holds: bool, evidence: impl FnOnce() -> String) {
+        self.checked += 1;
+        if !holds {
+            self.failed += 1;
+            if self.evidence.len() < EVIDENCE_MAX {
+                self.evidence.push(evidence());
+            }
+        }
+    }
+
+    fn expect_equal<K: Ord + std::fmt::Debug, V: PartialEq + std::fmt::Debug + Default>(
+        &mut self,
+        left: &BTreeMap<K, V>,
+        right: &BTreeMap<K, V>,
+    ) {
+        let zero = V::default();
+        for key in left.keys().chain(right.keys()).collect::<BTreeSet<_>>() {
+            let (left, right) = (left.get(key).unwrap_or(&zero), right.get(key).unwrap_or(&zero));
+            self.expect(left == right, || format!("{key:?}: {left:?} is not {right:?}"));
+        }
+    }
+}
+
+/// Amounts by account, ledger minute and SKU book.
+type ByMinute = BTreeMap<(String, i64, String), Total>;
+
+/// What the events add up to.
+struct Events {
+    by_minute: ByMinute,
+    rollups: BTreeMap<[String; 6], [i128; 5]>,
+    sequences: BTreeMap<String, Sequence>,
+}
+
+#[derive(Default)]
+struct Sequence {
+    count: i64,
+    max: i64,
+}
+
+/// What the ledger entries add up to.
+struct Entries {
+    customers: BTreeMap<String, Total>,
+    usage: ByMinute,
+    /// Customer's amount of each grant transaction.
+    grants: BTreeMap<i64, (String, Total)>,
+}
+
+impl Books {
+    /// Checks the books against themselves.
+    pub async fn audit(&self) -> Result<Audit, BillingError> {
+        let mut snapshot = self.database.begin().await?;
+        let conn = &mut *snapshot;
+        let mut checks = Vec::new();
+        checks.push(price_books(conn).await?);
+        let events = events(conn, &mut checks).await?;
+        let entries = entries(conn, &mut checks).await?;
+        let mut posted = Check::new("posted usage = sum of the events, for each account, minute and SKU");
+        posted.expect_equal(&entries.usage, &events.by_minute);
+        checks.push(posted);
+        checks.push(rollups(conn, &events).await?);
+        checks.push(sequences(conn, &events).await?);
+        checks.push(grants(conn, &entries).await?);
+        accounts(conn, &entries, &mut checks).await?;
+        snapshot.rollback().await?;
+        Ok(Audit { checks })
+    }
+}
+
+async fn price_books(conn: &mut SqliteConnection) -> Result<Check, BillingError> {
+    let mut check = Check::new("every price book hashes to its address");
+    for (hash, canonical) in catalog::stored(conn).await? {
+        let found = crate::PriceBook::from_toml(&canonical);
+        let same =
+            matches!(&found, Ok(book) if book.hash().as_str() == hash && book.canonical() == canonical);
+        check.expect(same, || format!("price book {hash}: {:?}", found.map(|book| book.hash().to_string())));
+    }
+    Ok(check)
+}
+
+async fn events(conn: &mut SqliteConnection, checks: &mut Vec<Check>) -> Result<Events, BillingError> {
+    let mut derives = Check::new("every event's cost derives from its quantities and price book");
+    let mut sums =
+        Events { by_minute: BTreeMap::new(), rollups: BTreeMap::new(), sequences: BTreeMap::new() };
+    // A book that does not hash to its address was reported above; events under it then have no price.
+    let catalog = Catalog::load(conn).await.unwrap_or_default();
+    let mut after = (String::new(), 0);
+    loop {
+        let page = usage::events_after(conn, (&after.0, after.1), PAGE).await?;
+        let Some(last) = page.last() else { break };
+        after = (last.epoch.clone(), last.seq);
+        for event in &page {
+            let repriced = sums.add(&catalog, event);
+            derives.expect(repriced == Ok(Money::from_pico(event.cost_pico)), || {
+                format!(
+                    "request {} says {}, derives {repriced:?}",
+                    event.request_id,
+                    Money::from_pico(event.cost_pico)
+                )
+            });
+        }
+    }
+    checks.push(derives);
+    Ok(sums)
+}
+
+impl Events {
+    /// Adds an event to every sum; returns its cost, derived again.
+    fn add(&mut self, catalog: &Catalog, event: &EventRow) -> Result<Money, String> {
+        let sequence = self.sequences.entry(event.epoch.clone()).or_default();
+        sequence.count += 1;
+        sequence.max = sequence.max.max(event.seq);
+        let tokens = [event.input_tokens, event.cached_input_tokens, event.output_tokens];
+        let key = [
+            usage::day_of(event.admitted_at_ms),
+            event.account.clone(),
+            event.org.clone(),
+            event.project.clone(),
+            event.api_key.clone(),
+            event.model.clone(),
+        ];
+        let rollup = self.rollups.entry(key).or_default();
+        let [input, cached, output] = tokens.map(i128::from);
+        for (sum, part) in rollup.iter_mut().zip([1, input, cached, output, event.cost_pico.into()]) {
+            *sum += part;
+        }
+        let [input_tokens, cached_input_tokens, output_tokens] = tokens.map(i64::unsigned_abs);
+        let quantities = Quantities { input_tokens, cached_input_tokens, output_tokens };
+        let hash = PriceBookHash::from_stored(event.price_book.clone());
+        let book = catalog.get(&hash).map_err(|error| error.to_string())?;
+        let lines = book.price(&event.model, &quantities).map_err(|error| error.to_string())?;
+        for line in lines.iter().filter(|line| line.amount != Money::ZERO) {
+            let key =
+                (event.account.clone(), ship::minute_of(event.admitted_at_ms), ledger::revenue(&line.sku));
+            *self.by_minute.entry(key).or_default() += line.amount.into();
+        }
+        cost(&lines).ok_or_else(|| "more than one amount can hold".to_owned())
+    }
+}
+
+async fn entries(conn: &mut SqliteConnection, checks: &mut Vec<Check>) -> Result<Entries, BillingError> {
+    let mut balanced = Check::new("every ledger transaction sums to zero per currency");
+    let mut sums = Entries { customers: BTreeMap::new(), usage: BTreeMap::new(), grants: BTreeMap::new() };
+    let mut open: Option<(i64, BTreeMap<String, Total>)> = None;
+    let mut close = |transaction: Option<(i64, BTreeMap<String, Total>)>| {
+        if let Some((id, by_currency)) = transaction {
+            let zero = by_currency.values().all(|sum| *sum == Total::ZERO);
+            balanced.expect(zero, || format!("transaction {id} sums to {by_currency:?}"));
+        }
+    };
+    let mut after = (i64::MIN, String::new());
+    loop {
+        let page = ledger::entries_after(conn, (after.0, &after.1), PAGE).await?;
+        let Some(last) = page.last() else { break };
+        after = (last.transaction_id, last.book.clone());
+        for entry in page {
+            if open.as_ref().is_none_or(|(id, _)| *id != entry.transaction_id) {
+                close(open.replace((entry.transaction_id, BTreeMap::new())));
+            }
+            let amount = Total::from_pico(entry.amount_pico.into());
+            let (_, by_currency) = open.as_mut().expect("a transaction was opened above");
+            *by_currency.entry(entry.currency.clone()).or_default() += amount;
+            sums.add(entry, amount);
+        }
+    }
+    close(open);
+    checks.push(balanced);
+    Ok(sums)
+}
+
+impl Entries {
+    fn add(&mut self, entry: ledger::EntryRow, amount: Total) {
+        if let Some(account) = entry.book.strip_prefix("customer:") {
+            *self.customers.entry(account.to_owned()).or_default() += amount;
+            if entry.kind.as_deref() == Some("grant") {
+                self.grants.insert(entry.transaction_id, (account.to_owned(), amount));
+            }
+        } else if entry.kind.as_deref() == Some("usage") {
+            let key = (entry.account.unwrap_or_default(), entry.at_s.unwrap_or_default(), entry.book);
+            *self.usage.entry(key).or_default() += amount;
+        }
+    }
+}
+
+async fn rollups(conn: &mut SqliteConnection, events: &Events) -> Result<Check, BillingError> {
+    let mut check = Check::new("every rollup = fold of the events");
+    let sums = |row: &RollupRow| {
+        [row.requests, row.input_tokens, row.cached_input_tokens, row.output_tokens, row.cost_pico]
+            .map(i128::from)
+    };
+    let rows = usage::rollups(conn, &UsageQuery::default()).await?;
+    let stored = rows.iter().map(|row| (row.key().map(str::to_owned), sums(row))).collect();
+    check.expect_equal(&stored, &events.rollups);
+    Ok(check)
+}
+
+async fn sequences(conn: &mut SqliteConnection, events: &Events) -> Result<Check, BillingError> {
+    let mut check =
+        Check::new("every outbox is in the ledger without a gap or a second bill for one request");
+    let mut refused: BTreeMap<String, Sequence> = BTreeMap::new();
+    for (epoch, seq, request_id) in usage::duplicates(conn).await? {
+        check.expect(false, || format!("request {request_id} was billed again as {epoch}:{seq}"));
+        let sequence = refused.entry(epoch).or_default();
+        sequence.count += 1;
+        sequence.max = sequence.max.max(seq);
+    }
+    let none = Sequence::default();
+    for (epoch, last_seq) in ship::epochs(conn).await? {
+        let (taken, refused) =
+            (events.sequences.get(&epoch).unwrap_or(&none), refused.get(&epoch).unwrap_or(&none));
+        let (count, max) = (taken.count + refused.count, taken.max.max(refused.max));
+        check.expect(count == last_seq && max == last_seq, || {
+            format!("outbox {epoch} is shipped up to {last_seq}, but the ledger has {count} bills of it, up to {max}")
+        });
+    }
+    Ok(check)
+}
+
+async fn grants(conn: &mut SqliteConnection, entries: &Entries) -> Result<Check, BillingError> {
+    let mut check = Check::new("every grant = its ledger transaction");
+    let mut stored = BTreeMap::new();
+    for (_, account, amount, transaction_id) in ledger::grants(conn).await? {
+        stored.insert(transaction_id, (account, Total::from_pico(amount.into())));
+    }
+    check.expect_equal(&stored, &entries.grants);
+    Ok(check)
+}
+
+async fn accounts(
+    conn: &mut SqliteConnection,
+    entries: &Entries,
+    checks: &mut Vec<Check>,
+) -> Result<(), BillingError> {
+    let mut balances = Check::new("every balance = fold of its entries");
+    let mut leased = Check::new("every account's leased sum = its leases");
+    let mut capped = Check::new("no account's available amount is below zero");
+    let mut leases: BTreeMap<String, Total> = BTreeMap::new();
+    for (account, amount) in lease::leases(conn).await? {
+        *leases.entry(account).or_default() += Total::from_pico(amount.into());
+    }
+    let accounts = ledger::accounts(conn).await?;
+    let by_account = |of: fn(&ledger::Balance) -> Money| -> BTreeMap<String, Total> {
+        accounts.iter().map(|balance| (balance.account.to_string(), of(balance).into())).collect()
+    };
+    balances.expect_equal(&by_account(|balance| balance.posted), &entries.customers);
+    leased.expect_equal(&by_account(|balance| balance.leased), &leases);
+    for balance in &accounts {
+        capped.expect(balance.available >= Money::ZERO, || {
+            format!("{}: {}", balance.account, balance.available)
+        });
+    }
+    checks.extend([balances, leased, capped]);
+    Ok(())
+}

@@ -1,0 +1,156 @@
+//! The facts of one request: who asked, what was counted, what it cost.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use crate::{money::Money, price::PriceBookHash};
+
+/// A billing account. An organisation has one; the gateway decides which.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct AccountId(String);
+
+/// A request of a client, whatever number of attempts it took. UUIDv7, and the idempotency key of its bill.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct RequestId(Uuid);
+
+/// Token classes of one request. They do not overlap: `input + cached_input` is the whole prompt.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Quantities {
+    pub input_tokens: u64,
+    pub cached_input_tokens: u64,
+    pub output_tokens: u64,
+}
+
+/// Why generation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FinishReason {
+    /// End of sequence or a stop string.
+    Stop,
+    /// The request's own limit, or the end of the context.
+    Length,
+    ToolCalls,
+    /// The account's money was used up, at exactly this token.
+    Budget,
+    /// The client went away.
+    Cancelled,
+    /// The node failed and nothing could continue the stream.
+    Error,
+}
+
+/// A request as it is admitted.
+#[derive(Clone, Debug)]
+pub struct AdmitRequest {
+    pub request_id: RequestId,
+    pub account: AccountId,
+    pub org: String,
+    pub project: String,
+    pub api_key: String,
+    /// The end user that the client named; empty when it named none.
+    pub user: String,
+    pub model: String,
+    /// The exact number of prompt tokens, cached ones included.
+    pub input_tokens: u64,
+    pub output_tokens_max: u64,
+    pub admitted_at: OffsetDateTime,
+}
+
+/// How a request ended, as the engine counted it. Token classes do not overlap.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    pub input_tokens: u64,
+    pub cached_input_tokens: u64,
+    pub output_tokens: u64,
+    pub finish_reason: FinishReason,
+    /// The node that produced the last token.
+    pub node: String,
+    /// None when no token came.
+    pub time_to_first_token_ms: Option<u64>,
+    pub duration_ms: u64,
+}
+
+/// What is billed for one request. Immutable once written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UsageEvent {
+    pub request_id: RequestId,
+    pub account: AccountId,
+    pub org: String,
+    pub project: String,
+    pub api_key: String,
+    pub user: String,
+    pub model: String,
+    pub node: String,
+    pub quantities: Quantities,
+    /// Tokens that the engine counted beyond what the hold covered. They are waste of the operator, never billed.
+    pub overrun_tokens: u64,
+    pub finish_reason: FinishReason,
+    pub time_to_first_token_ms: Option<u64>,
+    pub duration_ms: u64,
+    /// Milliseconds since 1970 UTC. The price book, the day and the ledger minute follow from it.
+    pub admitted_at_ms: i64,
+    pub price_book: PriceBookHash,
+    pub cost: Money,
+}
+
+impl AccountId {
+    pub fn new(id: impl Into<String>) -> AccountId {
+        AccountId(id.into())
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl RequestId {
+    /// Takes an id that the caller made; see [`Uuid::now_v7`].
+    pub const fn new(id: Uuid) -> RequestId {
+        RequestId(id)
+    }
+
+    pub const fn uuid(self) -> Uuid {
+        self.0
+    }
+}
+
+impl From<&str> for AccountId {
+    fn from(id: &str) -> AccountId {
+        AccountId::new(id)
+    }
+}
+
+impl From<Uuid> for RequestId {
+    fn from(id: Uuid) -> RequestId {
+        RequestId(id)
+    }
+}
+
+impl fmt::Display for AccountId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Display for RequestId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl FinishReason {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            FinishReason::Stop => "stop",
+            FinishReason::Length => "length",
+            FinishReason::ToolCalls => "tool_calls",
+            FinishReason::Budget => "budget",
+            FinishReason::Cancelled => "cancelled",
+            FinishReason::Error => "error",
+        }
+    }
+}

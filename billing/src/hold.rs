@@ -1,0 +1,188 @@
+//! A hold: the money that one running request may spend.
+//!
+//! It is made by `Billing::admit`, grows by [`Hold::extend`], and ends exactly once: settled, voided, or, when dropped,
+//! expired. It cannot be cloned and its ends consume it, so settling twice or voiding after settling does not compile.
+
+use std::sync::{Arc, atomic::Ordering};
+
+use tokio::sync::oneshot;
+
+use crate::{
+    Shared,
+    error::SettleError,
+    event::{AdmitRequest, Outcome, Quantities, UsageEvent},
+    lease::{Ask, Place, Reserved, Slice},
+    money::Total,
+    outbox::{Append, Command},
+    price::{PriceBook, cost},
+};
+
+/// Why a request ended without a bill.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum VoidCause {
+    /// No node took the request, or it failed before a token came.
+    NodeFailed,
+    /// The client went away before anything was computed.
+    ClientGone,
+    /// A later check refused it.
+    Refused,
+    /// The server is going down.
+    Draining,
+}
+
+#[must_use = "a hold ends by settle or void; dropped, it counts as expired"]
+#[derive(Debug)]
+pub struct Hold {
+    shared: Arc<Shared>,
+    slice: Arc<Slice>,
+    book: Arc<PriceBook>,
+    request: Box<AdmitRequest>,
+    granted: u64,
+    exhausted: bool,
+    /// None once the hold has ended.
+    money: Option<(Reserved, Place)>,
+}
+
+impl Hold {
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        slice: Arc<Slice>,
+        book: Arc<PriceBook>,
+        request: AdmitRequest,
+        granted: Granted,
+        place: Place,
+    ) -> Hold {
+        let Granted { units, reserved, exhausted } = granted;
+        let money = Some((reserved, place));
+        Hold { shared, slice, book, request: Box::new(request), granted: units, exhausted, money }
+    }
+
+    /// How many output tokens are covered now, in total.
+    pub fn granted_output_tokens(&self) -> u64 {
+        self.granted
+    }
+
+    /// No more will be covered: the account has no more, or the request wants no more.
+    pub fn is_final(&self) -> bool {
+        self.exhausted || self.granted >= self.request.output_tokens_max
+    }
+
+    /// Tries to cover up to `output_tokens` in total. Never lowers; read `granted_output_tokens` and `is_final` after.
+    ///
+    /// When the slice cannot cover a single token more and the ledger does not answer, the hold becomes final too: a
+    /// stream ends at a token rather than hang.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: either the hold has grown or the money is back in the slice.
+    pub async fn extend(&mut self, output_tokens: u64) {
+        let target = output_tokens.min(self.request.output_tokens_max);
+        if self.is_final() || target <= self.granted {
+            return;
+        }
+        let prices =
+            self.book.model(&self.request.model).expect("the pinned book has the model it was pinned for");
+        let units_max = target - self.granted;
+        let ask = Ask { fixed: Total::ZERO, unit: prices.output.per_unit, units_min: 0, units_max };
+        match self.shared.cover(&self.slice, ask).await {
+            Ok(Some(Granted { units, reserved, exhausted })) => {
+                self.granted += units;
+                self.exhausted = exhausted;
+                let (money, _) = self.money.as_mut().expect("a hold that is not consumed has its money");
+                money.absorb(reserved);
+            }
+            Ok(None) => self.exhausted = true,
+            Err(error) => {
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(error, request_id = %self.request.request_id, "a stream ends early: its hold cannot grow");
+                self.exhausted = true;
+            }
+        }
+    }
+
+    /// Bills what was counted. When this returns Ok, the bill survives a power cut.
+    ///
+    /// # Cancel safety
+    /// Before the outbox takes the bill, a cancelled settle is a dropped hold (expired); after, the bill is made anyway.
+    /// Run it in a task of its own.
+    pub async fn settle(mut self, outcome: Outcome) -> Result<UsageEvent, SettleError> {
+        let shared = self.shared.clone();
+        let permit = shared.outbox.permit().await?;
+        let event = self.bill(&outcome);
+        let (reserved, place) = self.money.take().expect("a hold that is not consumed has its money");
+        assert!(reserved.covers(event.cost), "a bill is never above its hold");
+        let (reply, durable) = oneshot::channel();
+        permit.send(Command::Append(Box::new(Append { event, reserved, place, reply })));
+        shared.counters.open.fetch_sub(1, Ordering::Relaxed);
+        durable.await.map_err(|_| SettleError::Closed)?
+    }
+
+    /// Ends the hold without a bill: nothing that was computed is charged.
+    pub async fn void(mut self, cause: VoidCause) {
+        tracing::debug!(request_id = %self.request.request_id, ?cause, "hold voided");
+        self.money = None;
+        self.shared.counters.voided.fetch_add(1, Ordering::Relaxed);
+        self.shared.counters.open.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// The bill of an outcome: what was counted, as far as the hold covers it.
+    fn bill(&self, outcome: &Outcome) -> UsageEvent {
+        let request = &self.request;
+        let cached_input_tokens = outcome.cached_input_tokens.min(request.input_tokens);
+        let quantities = Quantities {
+            cached_input_tokens,
+            input_tokens: outcome.input_tokens.min(request.input_tokens - cached_input_tokens),
+            output_tokens: outcome.output_tokens.min(self.granted),
+        };
+        let counted = outcome
+            .input_tokens
+            .saturating_add(outcome.cached_input_tokens)
+            .saturating_add(outcome.output_tokens);
+        let overrun_tokens =
+            counted - quantities.input_tokens - quantities.cached_input_tokens - quantities.output_tokens;
+        if overrun_tokens > 0 {
+            tracing::error!(
+                request_id = %request.request_id, node = outcome.node, overrun_tokens,
+                "a node counted more tokens than were granted; they are not billed"
+            );
+        }
+        let lines =
+            self.book.price(&request.model, &quantities).expect("quantities under a hold have a price");
+        UsageEvent {
+            request_id: request.request_id,
+            account: request.account.clone(),
+            org: request.org.clone(),
+            project: request.project.clone(),
+            api_key: request.api_key.clone(),
+            user: request.user.clone(),
+            model: request.model.clone(),
+            node: outcome.node.clone(),
+            quantities,
+            overrun_tokens,
+            finish_reason: outcome.finish_reason,
+            time_to_first_token_ms: outcome.time_to_first_token_ms,
+            duration_ms: outcome.duration_ms,
+            admitted_at_ms: (request.admitted_at.unix_timestamp_nanos() / 1_000_000) as i64,
+            price_book: self.book.hash().clone(),
+            cost: cost(&lines).expect("lines under a hold sum to at most the hold"),
+        }
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        if let Some(money) = self.money.take() {
+            drop(money);
+            self.shared.counters.expired.fetch_add(1, Ordering::Relaxed);
+            self.shared.counters.open.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// What an [`Ask`] got.
+#[derive(Debug)]
+pub(crate) struct Granted {
+    pub units: u64,
+    pub reserved: Reserved,
+    /// The account has no more than this.
+    pub exhausted: bool,
+}

@@ -1,0 +1,479 @@
+//! The engine: one thread that owns the model's state and computes for everybody.
+//!
+//! ```text
+//!            submit (bounded)                    step = take arrivals, read mailboxes, admit,
+//!   client -------------------> engine thread          schedule, run the model, sample, deliver
+//!      ^   grants, cancel           |
+//!      +------- Mailbox <-----------+            nothing in a step waits for a client
+//! ```
+//!
+//! Clients reach it through an [`EngineHandle`]; each sequence has a [`Mailbox`] for what follows. Dropping an
+//! [`Answer`] cancels its sequence before the next step.
+
+pub mod mailbox;
+mod sequence;
+
+use self::mailbox::{Delivery, Ending, Grant, Mailbox, Outlet};
+use self::sequence::Sequence;
+use crate::model::{Logits, Model, Runner, Span};
+use crate::sampler::{Sampler, Sampling};
+use crate::scheduler::{Arrival, Priority, Scheduler, SchedulerLimits, SequenceId, Work};
+use crate::state::{BLOCK_TOKENS, CacheLimits, StateCache};
+use crate::tokenizer::Tokenizer;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
+use std::thread::Thread;
+use std::time::{Duration, Instant};
+use tokio::sync::oneshot;
+
+#[derive(Debug, Clone)]
+pub struct EngineLimits {
+    pub threads: usize,
+    pub slots: usize,
+    pub waiting_max: usize,
+    pub step_tokens_max: usize,
+    pub cache_tokens: usize,
+    /// How long a sequence may hold its slot without a grant.
+    pub grant_idle: Duration,
+}
+
+/// A sequence to generate. Valid by construction: see [`crate::service`].
+#[derive(Debug, Clone)]
+pub struct Submission {
+    /// At least one; all in the vocabulary.
+    pub prompt_ids: Vec<u32>,
+    /// Output generated elsewhere.
+    pub resume_ids: Vec<u32>,
+    /// At least one; with the prompt at most the model's context.
+    pub output_tokens_max: usize,
+    pub grant: Grant,
+    pub sampling: Sampling,
+    /// None is empty.
+    pub stop_strings: Arc<[String]>,
+    pub stop_ids: Vec<u32>,
+    pub ignore_end_of_sequence: bool,
+    pub tenant: Arc<str>,
+    pub priority: Priority,
+    pub deadline: Option<Instant>,
+}
+
+/// Why a submission was not taken.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum Refusal {
+    #[error("the node is full: {waiting} sequences wait")]
+    QueueFull { waiting: usize, retry_after: Duration },
+    #[error("prompt and output_tokens_max need room for {tokens} tokens, more than this node has in all")]
+    TooLarge { tokens: usize },
+    #[error("the engine has stopped")]
+    Stopped,
+}
+
+/// Where every token was counted once, since the start. And how things stand now.
+#[derive(Debug, Default)]
+pub struct Odometer {
+    pub sequences_running: AtomicU64,
+    pub sequences_waiting: AtomicU64,
+    pub prompt_tokens_pending: AtomicU64,
+    pub prompt_tokens_total: AtomicU64,
+    pub cached_tokens_total: AtomicU64,
+    pub output_tokens_total: AtomicU64,
+    pub steps_total: AtomicU64,
+}
+
+/// The way to a running engine. The engine stops when the last one is dropped.
+#[derive(Clone)]
+pub struct EngineHandle(Arc<Door>);
+
+struct Door {
+    /// Taken when the door closes.
+    submissions: Option<SyncSender<Submitted>>,
+    thread: Thread,
+    odometer: Arc<Odometer>,
+}
+
+struct Submitted {
+    submission: Submission,
+    mailbox: Arc<Mailbox>,
+    taken: oneshot::Sender<Result<(), Refusal>>,
+}
+
+impl EngineHandle {
+    /// Submits a sequence and waits until the engine has taken or refused it: a step, at most.
+    ///
+    /// # Cancel safety
+    /// Dropping the future cancels the sequence.
+    pub async fn submit(&self, submission: Submission) -> Result<Answer, Refusal> {
+        let mailbox = Arc::new(Mailbox::new(submission.grant));
+        let answer = Answer { remote: Remote { mailbox: mailbox.clone(), door: self.0.clone() } };
+        let (taken, outcome) = oneshot::channel();
+        let submissions = self.0.submissions.as_ref().expect("the door is open while a handle exists");
+        submissions.try_send(Submitted { submission, mailbox, taken }).map_err(|error| match error {
+            TrySendError::Full(_) => Refusal::QueueFull {
+                waiting: self.odometer().sequences_waiting.load(Ordering::Relaxed) as usize,
+                retry_after: RETRY_AFTER_MIN,
+            },
+            TrySendError::Disconnected(_) => Refusal::Stopped,
+        })?;
+        self.0.thread.unpark();
+        outcome.await.unwrap_or(Err(Refusal::Stopped))?;
+        Ok(answer)
+    }
+
+    pub fn odometer(&self) -> &Odometer {
+        &self.0.odometer
+    }
+
+    /// Whether the engine thread still runs. It ends before its handles only by a bug.
+    pub fn is_alive(&self) -> bool {
+        Arc::strong_count(&self.0.odometer) > 1
+    }
+}
+
+impl Drop for Door {
+    fn drop(&mut self) {
+        self.submissions = None;
+        self.thread.unpark();
+    }
+}
+
+/// What a sequence says. Dropped, it cancels the sequence.
+#[must_use]
+pub struct Answer {
+    remote: Remote,
+}
+
+impl Answer {
+    /// Waits for what was generated since the last call. `None` after the ending.
+    ///
+    /// # Cancel safety
+    /// Dropping the future loses nothing.
+    pub async fn next(&mut self) -> Option<Delivery> {
+        self.remote.mailbox.take().await
+    }
+
+    pub fn remote(&self) -> Remote {
+        self.remote.clone()
+    }
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        self.remote.cancel();
+    }
+}
+
+/// Grants to a sequence, or cancels it.
+#[derive(Clone)]
+pub struct Remote {
+    mailbox: Arc<Mailbox>,
+    door: Arc<Door>,
+}
+
+impl Remote {
+    pub fn raise_grant(&self, grant: Grant) {
+        self.mailbox.raise_grant(grant);
+        self.door.thread.unpark();
+    }
+
+    pub fn refuse_further_grants(&self) {
+        self.mailbox.refuse_further_grants();
+        self.door.thread.unpark();
+    }
+
+    pub fn cancel(&self) {
+        self.mailbox.cancel();
+        self.door.thread.unpark();
+    }
+}
+
+const RETRY_AFTER_MIN: Duration = Duration::from_secs(1);
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
+
+/// Starts the engine thread.
+pub fn start(
+    model: Arc<Model>,
+    tokenizer: Arc<Tokenizer>,
+    end_of_sequence: Vec<u32>,
+    limits: EngineLimits,
+) -> std::io::Result<EngineHandle> {
+    let (submissions, arrivals) = sync_channel(limits.slots + limits.waiting_max);
+    let odometer = Arc::new(Odometer::default());
+    let scheduler = Scheduler::new(SchedulerLimits {
+        slots: limits.slots,
+        waiting_max: limits.waiting_max,
+        step_tokens_max: limits.step_tokens_max,
+        block_tokens: BLOCK_TOKENS,
+    });
+    let cache_limits = CacheLimits { slots: limits.slots, tokens: limits.cache_tokens };
+    let engine = Engine {
+        cache: StateCache::new(model.config(), cache_limits),
+        vocab_size: model.config().vocab_size,
+        runner: Runner::new(model, limits.threads),
+        limits,
+        tokenizer,
+        end_of_sequence,
+        arrivals,
+        door_is_open: true,
+        scheduler,
+        sampler: Sampler::default(),
+        sequences: BTreeMap::new(),
+        next_id: 0,
+        turnaround: Duration::ZERO,
+        odometer: odometer.clone(),
+        batch: Vec::new(),
+        endings: Vec::new(),
+        text: String::new(),
+    };
+    let thread = std::thread::Builder::new().name("engine".to_owned()).spawn(move || engine.run())?;
+    Ok(EngineHandle(Arc::new(Door {
+        submissions: Some(submissions),
+        thread: thread.thread().clone(),
+        odometer,
+    })))
+}
+
+struct Engine {
+    limits: EngineLimits,
+    vocab_size: usize,
+    tokenizer: Arc<Tokenizer>,
+    end_of_sequence: Vec<u32>,
+    arrivals: Receiver<Submitted>,
+    door_is_open: bool,
+    scheduler: Scheduler,
+    runner: Runner,
+    cache: StateCache,
+    sampler: Sampler,
+    sequences: BTreeMap<SequenceId, Sequence>,
+    next_id: u64,
+    /// How long a sequence holds its slot, smoothed.
+    turnaround: Duration,
+    odometer: Arc<Odometer>,
+    /// Scratch, kept between steps.
+    batch: Vec<Work>,
+    endings: Vec<(SequenceId, Ending)>,
+    text: String,
+}
+
+impl Engine {
+    fn run(mut self) {
+        while self.door_is_open || !self.sequences.is_empty() {
+            let rest = self.step();
+            self.publish();
+            match rest {
+                Rest::None => {}
+                Rest::Until(moment) => {
+                    std::thread::park_timeout(moment.saturating_duration_since(Instant::now()));
+                }
+                Rest::UntilCalled => std::thread::park(),
+            }
+        }
+    }
+
+    fn step(&mut self) -> Rest {
+        self.take_arrivals();
+        let alarm = self.read_mailboxes(Instant::now());
+        self.end_sequences();
+        self.admit();
+        self.scheduler.schedule(&mut self.batch);
+        if !self.batch.is_empty() {
+            self.compute();
+            return Rest::None;
+        }
+        match alarm {
+            _ if !self.door_is_open => Rest::None,
+            Some(moment) => Rest::Until(moment),
+            None => Rest::UntilCalled,
+        }
+    }
+
+    fn take_arrivals(&mut self) {
+        loop {
+            match self.arrivals.try_recv() {
+                Ok(submitted) => self.take(submitted),
+                Err(TryRecvError::Empty) => return,
+                Err(TryRecvError::Disconnected) => {
+                    self.door_is_open = false;
+                    return;
+                }
+            }
+        }
+    }
+
+    fn take(&mut self, submitted: Submitted) {
+        let Submitted { submission, mailbox, taken } = submitted;
+        // Whoever waits while slots are free is not in the queue that has a limit.
+        self.admit();
+        let outcome = self.enqueue(submission, Outlet::new(mailbox));
+        // A client that no longer listens has cancelled.
+        let _ = taken.send(outcome);
+    }
+
+    fn enqueue(&mut self, submission: Submission, outlet: Outlet) -> Result<(), Refusal> {
+        let tokens = submission.prompt_ids.len() + submission.output_tokens_max;
+        if !self.cache.fits(tokens) {
+            return Err(Refusal::TooLarge { tokens });
+        }
+        let (tenant, priority) = (submission.tenant.clone(), submission.priority);
+        let sequence = match Sequence::new(submission, &self.end_of_sequence, outlet, &self.tokenizer) {
+            Ok(sequence) => sequence,
+            Err((sequence, ending)) => {
+                // Its text was sent by the node that generated it.
+                sequence.end_silently(ending);
+                return Ok(());
+            }
+        };
+        let id = SequenceId(self.next_id);
+        let arrival = Arrival {
+            id,
+            tenant,
+            priority,
+            known_tokens: sequence.tokens.len(),
+            output_tokens: sequence.output_tokens() as u64,
+            granted_tokens: sequence.granted_tokens,
+        };
+        self.scheduler.enqueue(arrival).map_err(|full| Refusal::QueueFull {
+            waiting: full.waiting,
+            retry_after: self.expected_wait(full.waiting),
+        })?;
+        self.next_id += 1;
+        self.sequences.insert(id, sequence);
+        Ok(())
+    }
+
+    /// Learns who was cancelled or granted more, and whose time is up. Answers with the next moment at which
+    /// somebody's will be.
+    fn read_mailboxes(&mut self, now: Instant) -> Option<Instant> {
+        let mut alarm: Option<Instant> = None;
+        let mut wake_at = |moment: Instant| alarm = Some(alarm.map_or(moment, |earliest| earliest.min(moment)));
+        for (&id, sequence) in &mut self.sequences {
+            let mailbox = sequence.outlet().mailbox();
+            let (grant, cancelled) = (mailbox.grant(), mailbox.is_cancelled());
+            if grant.output_tokens > sequence.granted_tokens {
+                sequence.granted_tokens = grant.output_tokens;
+                self.scheduler.grant(id, grant.output_tokens);
+            }
+            if cancelled {
+                self.endings.push((id, Ending::Cancelled));
+            } else if sequence.deadline.is_some_and(|deadline| deadline <= now) {
+                self.endings.push((id, Ending::Deadline));
+            } else if grant.is_final && sequence.output_tokens() as u64 >= grant.output_tokens {
+                self.endings.push((id, Ending::GrantExhausted));
+            } else if self.scheduler.lacks_grant(id) {
+                let given_up_at = *sequence.idle_since.get_or_insert(now) + self.limits.grant_idle;
+                if given_up_at <= now {
+                    self.endings.push((id, Ending::GrantTimeout));
+                } else {
+                    wake_at(given_up_at);
+                }
+            } else {
+                sequence.idle_since = None;
+            }
+            sequence.deadline.into_iter().for_each(&mut wake_at);
+        }
+        alarm
+    }
+
+    fn end_sequences(&mut self) {
+        while let Some((id, ending)) = self.endings.pop() {
+            self.retire(id, |sequence| sequence.end(ending));
+        }
+    }
+
+    /// Takes a sequence out of everything; `end` says its last words.
+    fn retire(&mut self, id: SequenceId, end: impl FnOnce(Sequence) -> Option<crate::state::Slot>) {
+        let sequence = self.sequences.remove(&id).expect("a sequence ends once");
+        self.scheduler.remove(id);
+        if let Some(admitted_at) = sequence.admitted_at {
+            self.turnaround = (self.turnaround * 7 + admitted_at.elapsed()) / 8;
+        }
+        if let Some(slot) = end(sequence) {
+            self.cache.release(slot);
+        }
+    }
+
+    fn admit(&mut self) {
+        let (sequences, cache) = (&mut self.sequences, &mut self.cache);
+        self.scheduler.admit(|id| {
+            let sequence = sequences.get_mut(&id).expect("a waiting sequence is known");
+            sequence.slot = cache.acquire(sequence.tokens_max());
+            sequence.admitted_at = sequence.slot.is_some().then(Instant::now);
+            sequence.slot.is_some()
+        });
+    }
+
+    /// Runs the batch through the model, then samples.
+    fn compute(&mut self) {
+        let spans: Vec<Span<'_>> = self.batch.iter().map(|work| span(&self.sequences, work)).collect();
+        let logits = self.runner.forward(&mut self.cache, &spans);
+        drop(spans);
+
+        let mut rows = logits.chunks_exact(self.vocab_size);
+        let (mut prompt_tokens, mut output_tokens) = (0, 0);
+        let mut retired = Vec::new();
+        for work in &self.batch {
+            let sequence = self.sequences.get_mut(&work.id).expect("a scheduled sequence is known");
+            let given = sequence.given_tokens();
+            prompt_tokens += (work.from + work.tokens).min(given) - work.from.min(given);
+            sequence.computed = work.from + work.tokens;
+            if !work.samples {
+                continue;
+            }
+            let row = rows.next().expect("the model gives a row of logits for each span that asks");
+            let Some(token) = self.sampler.sample(row, &sequence.sampling, sequence.tokens.len() as u64) else {
+                self.endings.push((work.id, Ending::Broken("the model computed logits that are not finite")));
+                continue;
+            };
+            output_tokens += 1;
+            self.text.clear();
+            match sequence.advance(token, &self.tokenizer, &mut self.text) {
+                None => {
+                    sequence.outlet().token(token, &self.text, sequence.usage());
+                    self.scheduler.sampled(work.id);
+                }
+                Some(ending) => retired.push((work.id, token, self.text.clone(), ending)),
+            }
+        }
+        for (id, token, text, ending) in retired {
+            self.retire(id, |sequence| sequence.end_after(token, &text, ending));
+        }
+        self.end_sequences();
+        self.odometer.prompt_tokens_total.fetch_add(prompt_tokens as u64, Ordering::Relaxed);
+        self.odometer.output_tokens_total.fetch_add(output_tokens, Ordering::Relaxed);
+        self.odometer.steps_total.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn expected_wait(&self, waiting: usize) -> Duration {
+        let ahead = u32::try_from(waiting).unwrap_or(u32::MAX);
+        let slots = u32::try_from(self.limits.slots).unwrap_or(u32::MAX);
+        (self.turnaround.saturating_mul(ahead) / slots).clamp(RETRY_AFTER_MIN, RETRY_AFTER_MAX)
+    }
+
+    fn publish(&self) {
+        let set = |gauge: &AtomicU64, value: u64| gauge.store(value, Ordering::Relaxed);
+        set(&self.odometer.sequences_running, self.scheduler.running() as u64);
+        set(&self.odometer.sequences_waiting, self.scheduler.waiting() as u64);
+        set(&self.odometer.prompt_tokens_pending, self.scheduler.prompt_tokens_pending());
+    }
+}
+
+/// What to do after a step.
+enum Rest {
+    None,
+    Until(Instant),
+    UntilCalled,
+}
+
+fn span<'a>(sequences: &'a BTreeMap<SequenceId, Sequence>, work: &Work) -> Span<'a> {
+    let sequence = &sequences[&work.id];
+    Span {
+        slot: sequence.slot.as_ref().expect("a running sequence has a slot"),
+        tokens: &sequence.tokens[work.from..work.from + work.tokens],
+        logits: if work.samples { Logits::Last } else { Logits::None },
+    }
+}
+
+#[cfg(test)]
+#[path = "engine_tests.rs"]
+mod tests;

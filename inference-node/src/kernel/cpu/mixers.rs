@@ -1,0 +1,299 @@
+//! Lightning and softmax attention of one head on the block grid.
+
+use super::simd::{Vector, exp};
+use super::tile::Block;
+use super::{Routine, rows};
+use crate::state::{BLOCK_TOKENS, Page};
+
+/// One head of lightning attention over the rows of one sequence, in order.
+pub(super) struct LightningHead<'a> {
+    pub head_dim: usize,
+    /// `exp(-slope t)`, t ascending and descending (see [`crate::kernel::Decay`]).
+    pub powers: &'a [f32],
+    pub reversed: &'a [f32],
+    /// `[d, d]`, `[d, BLOCK_TOKENS]`, `[BLOCK_TOKENS, d]`: this head's part of the layer's state.
+    pub state: &'a mut [f32],
+    pub keys: &'a mut [f32],
+    pub values: &'a mut [f32],
+    pub position: usize,
+    /// First row's `{q, k, v}` of this head, and the floats from one row to the next.
+    pub qkv: &'a [f32],
+    pub qkv_stride: usize,
+    /// First row's output of this head; this routine alone writes it.
+    pub out: *mut f32,
+    pub out_stride: usize,
+    pub rows: usize,
+}
+
+// SAFETY: `out` is the only field that is not Send by itself; it names memory that this value alone writes.
+unsafe impl Send for LightningHead<'_> {}
+
+pub(super) struct LightningTask<'a, 'b> {
+    pub head: &'a mut LightningHead<'b>,
+    /// `[d, BLOCK_TOKENS]`
+    pub scratch: &'a mut [f32],
+}
+
+impl Routine for LightningTask<'_, '_> {
+    #[inline(always)]
+    unsafe fn run<V: Vector>(self) {
+        let LightningTask { head, scratch } = self;
+        for row in 0..head.rows {
+            // SAFETY: row < rows.
+            unsafe { head.token::<V>(row, scratch) };
+            if (head.position + row + 1).is_multiple_of(BLOCK_TOKENS) {
+                // SAFETY: V's features are present.
+                unsafe { head.fold::<V>(scratch) };
+            }
+        }
+    }
+}
+
+impl LightningHead<'_> {
+    /// Stores k and v in the open block, then `o = exp(-s (i + 1)) q S + sum over j <= i of exp(-s (i - j)) (q . k_j) v_j`.
+    ///
+    /// # Safety
+    /// V's features are present and `row < rows`.
+    #[inline(always)]
+    unsafe fn token<V: Vector>(&mut self, row: usize, scratch: &mut [f32]) {
+        let d = self.head_dim;
+        let open = (self.position + row) % BLOCK_TOKENS;
+        let (q, kv) = self.qkv[row * self.qkv_stride..][..3 * d].split_at(d);
+        let (k, v) = kv.split_at(d);
+        for (key, &k) in self.keys.iter_mut().skip(open).step_by(BLOCK_TOKENS).zip(k) {
+            *key = k;
+        }
+        self.values[open * d..][..d].copy_from_slice(v);
+        let scores = &mut scratch[..BLOCK_TOKENS];
+        // Whole registers of scores: those past the token's own are not used.
+        let columns = (open + 1).next_multiple_of(V::LANES);
+        // SAFETY: q has d elements, the state d x d, keys d x BLOCK_TOKENS, values at least open + 1 rows of d, scores BLOCK_TOKENS >=
+        // columns; `out` is this routine's own row of d (struct contract).
+        unsafe {
+            let out = self.out.add(row * self.out_stride);
+            let one_row = Block {
+                a: q.as_ptr(),
+                a_stride: d,
+                b: self.state.as_ptr(),
+                b_stride: d,
+                c: out,
+                c_stride: d,
+                m: 1,
+                n: d,
+                k: d,
+                accumulate: false,
+            };
+            one_row.run::<V>();
+            let faded = V::splat(self.powers[open + 1]);
+            rows::zip::<V>(out, out, out, d, |o, _| o.mul(faded));
+            let key_block = Block {
+                b: self.keys.as_ptr(),
+                b_stride: BLOCK_TOKENS,
+                c: scores.as_mut_ptr(),
+                n: columns,
+                ..one_row
+            };
+            key_block.run::<V>();
+            let decay = &self.reversed[BLOCK_TOKENS - 1 - open..];
+            let scores_at = scores.as_mut_ptr();
+            rows::zip::<V>(scores_at, scores_at, decay.as_ptr(), open + 1, |score, decay| score.mul(decay));
+            Block { a: scores.as_ptr(), b: self.values.as_ptr(), k: open + 1, accumulate: true, ..one_row }
+                .run::<V>();
+        }
+    }
+
+    /// `S = exp(-s m) S + sum over j of exp(-s (m - 1 - j)) k_j^T v_j` for the m = BLOCK_TOKENS tokens of the full block.
+    ///
+    /// # Safety
+    /// V's features are present.
+    #[inline(always)]
+    unsafe fn fold<V: Vector>(&mut self, scratch: &mut [f32]) {
+        let d = self.head_dim;
+        let faded_keys = &mut scratch[..d * BLOCK_TOKENS];
+        // SAFETY: keys and faded keys are [d, BLOCK_TOKENS], the state [d, d], values [BLOCK_TOKENS, d].
+        unsafe {
+            for (faded, keys) in
+                faded_keys.chunks_exact_mut(BLOCK_TOKENS).zip(self.keys.chunks_exact(BLOCK_TOKENS))
+            {
+                let (faded, keys) = (faded.as_mut_ptr(), keys.as_ptr());
+                rows::zip::<V>(faded, keys, self.reversed.as_ptr(), BLOCK_TOKENS, |key, decay| {
+                    key.mul(decay)
+                });
+            }
+            let state = self.state.as_mut_ptr();
+            let block_decay = V::splat(self.powers[BLOCK_TOKENS]);
+            rows::zip::<V>(state, state, state, d * d, |s, _| s.mul(block_decay));
+            let update = Block {
+                a: faded_keys.as_ptr(),
+                a_stride: BLOCK_TOKENS,
+                b: self.values.as_ptr(),
+                b_stride: d,
+                c: state,
+                c_stride: d,
+                m: d,
+                n: d,
+                k: BLOCK_TOKENS,
+                accumulate: true,
+            };
+            update.run::<V>();
+        }
+    }
+}
+
+/// The query heads that share one key-value head, for a few consecutive rows of one sequence.
+pub(super) struct AttentionGroup<'a> {
+    pub head_dim: usize,
+    /// Query heads in the group.
+    pub heads: usize,
+    pub pages: &'a [Page],
+    /// Where this layer's and key-value head's `{keys [d, BLOCK_TOKENS], values [BLOCK_TOKENS, d]}` start in a page.
+    pub page_offset: usize,
+    /// Position of the first row.
+    pub position: usize,
+    pub rows: usize,
+    /// First row's queries of the group (`[heads, d]` a row), and the floats from one row to the next.
+    pub q: &'a [f32],
+    pub q_stride: usize,
+    /// First row's output of the group; this routine alone writes it.
+    pub out: *mut f32,
+    pub out_stride: usize,
+    /// `[rows * heads, 2 d + BLOCK_TOKENS + 2]`
+    pub scratch: &'a mut [f32],
+}
+
+/// Working memory of [`AttentionGroup`], one line a (row, head).
+struct Online<'a> {
+    /// Scaled queries, `[lines, d]`.
+    q: &'a mut [f32],
+    /// Weighted values so far, `[lines, d]`.
+    sum: &'a mut [f32],
+    /// `[lines, BLOCK_TOKENS]`
+    scores: &'a mut [f32],
+    /// Largest score and total weight so far, `[lines]`.
+    largest: &'a mut [f32],
+    weight: &'a mut [f32],
+}
+
+impl Routine for AttentionGroup<'_> {
+    #[inline(always)]
+    unsafe fn run<V: Vector>(self) {
+        let (d, heads, lines) = (self.head_dim, self.heads, self.rows * self.heads);
+        let (q, rest) = self.scratch.split_at_mut(lines * d);
+        let (sum, rest) = rest.split_at_mut(lines * d);
+        let (scores, rest) = rest.split_at_mut(lines * BLOCK_TOKENS);
+        let (largest, rest) = rest.split_at_mut(lines);
+        let mut online = Online { q, sum, scores, largest, weight: &mut rest[..lines] };
+        let scale = 1.0 / (d as f32).sqrt();
+        for row in 0..self.rows {
+            let from = &self.q[row * self.q_stride..][..heads * d];
+            online.q[row * heads * d..][..heads * d].iter_mut().zip(from).for_each(|(q, &x)| *q = x * scale);
+        }
+        online.sum.fill(0.0);
+        online.largest.fill(f32::MIN);
+        online.weight.fill(0.0);
+        let block_of = |row: usize| (self.position + row) / BLOCK_TOKENS;
+        for (block, page) in self.pages.iter().enumerate().take(block_of(self.rows - 1) + 1) {
+            let page = &page.0[self.page_offset..][..2 * d * BLOCK_TOKENS];
+            // Rows ascend: those of earlier blocks are done, then those whose own block this is, then those that see all of it.
+            let own = (0..self.rows).find(|&row| block_of(row) >= block).unwrap_or(self.rows);
+            let later = (own..self.rows).find(|&row| block_of(row) > block).unwrap_or(self.rows);
+            // SAFETY: the ranges of lines end at rows * heads, and no more tokens are visited than the block holds.
+            unsafe {
+                for row in own..later {
+                    let visible = (self.position + row) % BLOCK_TOKENS + 1;
+                    online.visit::<V>(page, d, row * heads..(row + 1) * heads, visible);
+                }
+                online.visit::<V>(page, d, later * heads..lines, BLOCK_TOKENS);
+            }
+        }
+        for row in 0..self.rows {
+            for line in row * heads..(row + 1) * heads {
+                // SAFETY: `out` holds heads * d floats at each row (struct contract).
+                unsafe {
+                    let out = self.out.add(row * self.out_stride + (line - row * heads) * d);
+                    let (sum, total) = (online.sum[line * d..][..d].as_ptr(), V::splat(online.weight[line]));
+                    rows::zip::<V>(out, sum, sum, d, |sum, _| sum.div(total));
+                }
+            }
+        }
+    }
+}
+
+impl Online<'_> {
+    /// Lets `lines` attend to the first `visible` tokens of a page.
+    ///
+    /// # Safety
+    /// V's features are present, `lines` exist, `visible <= BLOCK_TOKENS`, and `page` is `[2, d * BLOCK_TOKENS]`.
+    #[inline(always)]
+    unsafe fn visit<V: Vector>(
+        &mut self,
+        page: &[f32],
+        d: usize,
+        lines: std::ops::Range<usize>,
+        visible: usize,
+    ) {
+        if lines.is_empty() {
+            return;
+        }
+        let (keys, values) = page.split_at(d * BLOCK_TOKENS);
+        let columns = visible.next_multiple_of(V::LANES);
+        // SAFETY: q and sum have `lines` rows of d, scores of BLOCK_TOKENS >= columns; keys are [d, BLOCK_TOKENS], values at least
+        // `visible` rows of d.
+        unsafe {
+            let scores = Block {
+                a: self.q.as_ptr().add(lines.start * d),
+                a_stride: d,
+                b: keys.as_ptr(),
+                b_stride: BLOCK_TOKENS,
+                c: self.scores.as_mut_ptr().add(lines.start * BLOCK_TOKENS),
+                c_stride: BLOCK_TOKENS,
+                m: lines.len(),
+                n: columns,
+                k: d,
+                accumulate: false,
+            };
+            scores.run::<V>();
+            for line in lines.clone() {
+                self.weigh::<V>(line, d, visible, columns);
+            }
+            let weighted = Block {
+                a: self.scores.as_ptr().add(lines.start * BLOCK_TOKENS),
+                a_stride: BLOCK_TOKENS,
+                b: values.as_ptr(),
+                b_stride: d,
+                c: self.sum.as_mut_ptr().add(lines.start * d),
+                c_stride: d,
+                m: lines.len(),
+                n: d,
+                k: visible,
+                accumulate: true,
+            };
+            weighted.run::<V>();
+        }
+    }
+
+    /// Turns a line's scores into weights relative to the largest score so far, fading what was summed before.
+    ///
+    /// # Safety
+    /// As for [`Online::visit`].
+    #[inline(always)]
+    unsafe fn weigh<V: Vector>(&mut self, line: usize, d: usize, visible: usize, columns: usize) {
+        let scores = &mut self.scores[line * BLOCK_TOKENS..][..columns];
+        scores[visible..].fill(f32::MIN);
+        let largest = scores.iter().copied().fold(self.largest[line], f32::max);
+        // SAFETY: in place on this line's slices.
+        unsafe {
+            let at = scores.as_mut_ptr();
+            let top = V::splat(largest);
+            rows::zip::<V>(at, at, at, columns, |score, _| exp(score.sub(top)));
+            scores[visible..].fill(0.0);
+            let mut fade = [0.0; 16];
+            exp(V::splat(self.largest[line]).sub(top)).store(fade.as_mut_ptr());
+            let weight = rows::sum::<V>(scores, scores, |a, _| a);
+            self.weight[line] = self.weight[line] * fade[0] + weight;
+            let (sum, fade) = (self.sum[line * d..][..d].as_mut_ptr(), V::splat(fade[0]));
+            rows::zip::<V>(sum, sum, sum, d, |sum, _| sum.mul(fade));
+        }
+        self.largest[line] = largest;
+    }
+}

@@ -1,0 +1,310 @@
+//! A node: a model, its engine, and the gRPC service over them.
+//!
+//! ```no_run
+//! # async fn example() -> anyhow::Result<()> {
+//! use sluice_node::node::{Node, NodeOptions};
+//!
+//! let node = Node::start(NodeOptions::new("models/sluice-demo"))?;
+//! let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+//! let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
+//! node.serve(incoming, async { tokio::signal::ctrl_c().await.unwrap_or_default() }).await?;
+//! # Ok(())
+//! # }
+//! ```
+
+use crate::chat_template::{ChatTemplate, TemplateError};
+use crate::engine::{self, EngineHandle, EngineLimits};
+use crate::model::{LoadOptions, Model};
+use crate::service::{Service, ServiceLimits};
+use crate::tokenizer::{Tokenizer, TokenizerError};
+use futures::Stream;
+use sluice_proto::node::v1 as proto;
+use sluice_proto::node::v1::node_service_server::NodeServiceServer;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, UNIX_EPOCH};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tonic::transport::server::Connected;
+use tonic_health::server::{HealthReporter, HealthService};
+use tonic_health::pb::health_server::HealthServer;
+
+/// What to serve, and within which limits.
+#[derive(Debug, Clone, clap::Args)]
+#[command(next_help_heading = "Limits")]
+pub struct NodeOptions {
+    /// Hugging Face directory: config.json, *.safetensors, tokenizer.json, and a chat template
+    #[arg(long = "model", value_name = "DIR", help_heading = None)]
+    pub model_dir: PathBuf,
+
+    /// Name that requests use for the model [default: the directory's name]
+    #[arg(long, value_name = "NAME", help_heading = None)]
+    pub model_name: Option<String>,
+
+    /// Threads that compute
+    #[arg(long, value_name = "N", default_value_t = available_threads())]
+    pub threads: usize,
+
+    /// Sequences that generate at the same time
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_SLOTS)]
+    pub slots: usize,
+
+    /// Sequences that wait for a slot; more are refused with RESOURCE_EXHAUSTED
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_WAITING_MAX)]
+    pub waiting_max: usize,
+
+    /// Tokens computed in one step, prompts and decoding together: larger is better for throughput, smaller for the
+    /// time between two tokens while others send long prompts
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_STEP_TOKENS_MAX)]
+    pub step_tokens_max: usize,
+
+    /// Tokens that the softmax layers keep, over all sequences [default: full contexts in all slots, within 4 GiB]
+    #[arg(long, value_name = "N")]
+    pub cache_tokens: Option<usize>,
+
+    /// How long a sequence keeps its slot while its client grants nothing
+    #[arg(long, value_name = "MS", default_value_t = DEFAULT_GRANT_IDLE_MS)]
+    pub grant_idle_ms: u64,
+
+    /// Longest text that Tokenize takes
+    #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_TOKENIZE_BYTES_MAX)]
+    pub tokenize_bytes_max: usize,
+}
+
+const DEFAULT_SLOTS: usize = 32;
+const DEFAULT_WAITING_MAX: usize = 256;
+const DEFAULT_STEP_TOKENS_MAX: usize = 512;
+const DEFAULT_GRANT_IDLE_MS: u64 = 30_000;
+const DEFAULT_TOKENIZE_BYTES_MAX: usize = 8 << 20;
+const DEFAULT_CACHE_BYTES_MAX: u64 = 4 << 30;
+
+/// Holds a prompt of a million ids, and the text of one.
+const MESSAGE_BYTES_MAX: usize = 16 << 20;
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
+
+impl NodeOptions {
+    pub fn new(model_dir: impl Into<PathBuf>) -> NodeOptions {
+        NodeOptions {
+            model_dir: model_dir.into(),
+            model_name: None,
+            threads: available_threads(),
+            slots: DEFAULT_SLOTS,
+            waiting_max: DEFAULT_WAITING_MAX,
+            step_tokens_max: DEFAULT_STEP_TOKENS_MAX,
+            cache_tokens: None,
+            grant_idle_ms: DEFAULT_GRANT_IDLE_MS,
+            tokenize_bytes_max: DEFAULT_TOKENIZE_BYTES_MAX,
+        }
+    }
+
+    fn check(&self) -> Result<(), StartError> {
+        let refuse = |field, reason: String| Err(StartError::Option { field, reason });
+        for (field, value) in [
+            ("threads", self.threads),
+            ("slots", self.slots),
+            ("waiting-max", self.waiting_max),
+            ("tokenize-bytes-max", self.tokenize_bytes_max),
+        ] {
+            if value == 0 {
+                return refuse(field, "must be at least 1".to_owned());
+            }
+        }
+        if self.step_tokens_max <= self.slots {
+            let reason = format!("must be more than --slots ({}), or decoding leaves no room for prompts", self.slots);
+            return refuse("step-tokens-max", reason);
+        }
+        if !self.model_dir.is_dir() {
+            return Err(StartError::NoModel(self.model_dir.clone()));
+        }
+        Ok(())
+    }
+
+    fn cache_tokens(&self, model: &Model) -> usize {
+        let context = model.config().context_tokens_max;
+        self.cache_tokens.unwrap_or_else(|| {
+            let affordable = DEFAULT_CACHE_BYTES_MAX / model.cache_bytes_per_token().max(1);
+            (self.slots * context).min(usize::try_from(affordable).unwrap_or(usize::MAX)).max(context)
+        })
+    }
+}
+
+fn available_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error("--{field} {reason}")]
+    Option { field: &'static str, reason: String },
+    #[error("{0} is not a directory; --model wants one with config.json, *.safetensors and tokenizer.json")]
+    NoModel(PathBuf),
+    #[error(transparent)]
+    Model(#[from] crate::checkpoint::LoadError),
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    #[error("{path}: {reason}")]
+    GenerationConfig { path: PathBuf, reason: String },
+    #[error("the engine thread cannot start: {0}")]
+    Thread(io::Error),
+}
+
+/// A running node. Dropped, its engine stops once the last sequence has ended.
+pub struct Node {
+    service: Service,
+    health: HealthReporter,
+}
+
+impl Node {
+    /// Loads the model and starts the engine. Blocks; call it off the async threads.
+    pub fn start(options: NodeOptions) -> Result<Node, StartError> {
+        options.check()?;
+        let dir = &options.model_dir;
+        let model = Arc::new(Model::load(dir, &LoadOptions { threads: options.threads })?);
+        let config = model.config();
+        let tokenizer = Arc::new(Tokenizer::load(dir, config.vocab_size)?);
+        let template = ChatTemplate::load(dir, &tokenizer)?;
+        let end_of_sequence = match generation_config_end_of_sequence(dir)? {
+            ids if ids.is_empty() => config.eos_token_ids.clone(),
+            ids => ids,
+        };
+        let description = describe(&model, &options);
+        let limits = EngineLimits {
+            threads: options.threads,
+            slots: options.slots,
+            waiting_max: options.waiting_max,
+            step_tokens_max: options.step_tokens_max,
+            cache_tokens: options.cache_tokens(&model),
+            grant_idle: Duration::from_millis(options.grant_idle_ms),
+        };
+        let engine = engine::start(model, tokenizer.clone(), end_of_sequence, limits).map_err(StartError::Thread)?;
+        let limits = ServiceLimits {
+            slots: options.slots,
+            waiting_max: options.waiting_max,
+            tokenize_bytes_max: options.tokenize_bytes_max,
+            tokenize_threads: options.threads,
+        };
+        let service = Service::new(engine, tokenizer, template, description, limits);
+        Ok(Node { service, health: HealthReporter::new() })
+    }
+
+    /// Serves the node's contract, health and reflection on every connection of `incoming`, TCP or in memory, until
+    /// `shutdown`; then finishes what runs on them.
+    pub async fn serve<I, IO>(
+        &self,
+        incoming: I,
+        shutdown: impl Future<Output = ()>,
+    ) -> Result<(), tonic::transport::Error>
+    where
+        I: Stream<Item = io::Result<IO>>,
+        IO: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+    {
+        if !self.service.is_draining() {
+            self.health.set_serving::<NodeServiceServer<Service>>().await;
+        }
+        let reflection = || {
+            tonic_reflection::server::Builder::configure()
+                .register_encoded_file_descriptor_set(sluice_proto::FILE_DESCRIPTOR_SET)
+                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+                .with_service_name("sluice.node.v1.NodeService")
+                .with_service_name("grpc.health.v1.Health")
+        };
+        let reflection_v1 = reflection().build_v1().expect("the compiled-in descriptors are valid");
+        let reflection_v1alpha = reflection().build_v1alpha().expect("the compiled-in descriptors are valid");
+        tonic::transport::Server::builder()
+            .tcp_nodelay(true)
+            .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+            .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+            .max_concurrent_streams(self.service.streams_max())
+            .add_service(NodeServiceServer::new(self.service.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX))
+            .add_service(HealthServer::new(HealthService::from_health_reporter(self.health.clone())))
+            .add_service(reflection_v1)
+            .add_service(reflection_v1alpha)
+            .serve_with_incoming_shutdown(incoming, shutdown)
+            .await
+    }
+
+    /// Refuses new sequences (UNAVAILABLE) and waits until every sequence has ended and its client has read the end.
+    ///
+    /// # Cancel safety
+    /// The node goes on draining.
+    pub async fn drain(&self) {
+        self.service.refuse_new();
+        self.health.set_not_serving::<NodeServiceServer<Service>>().await;
+        self.health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
+        self.service.drained().await;
+    }
+
+    pub fn models(&self) -> &[proto::ModelDescription] {
+        self.service.models()
+    }
+
+    /// The same engine, without gRPC between.
+    pub fn engine(&self) -> &EngineHandle {
+        self.service.engine()
+    }
+
+    pub fn service(&self) -> &Service {
+        &self.service
+    }
+}
+
+fn describe(model: &Model, options: &NodeOptions) -> proto::ModelDescription {
+    let config = model.config();
+    let dir = &options.model_dir;
+    let dir_name = || dir.canonicalize().ok()?.file_name().map(|name| name.to_string_lossy().into_owned());
+    proto::ModelDescription {
+        name: options.model_name.clone().or_else(dir_name).unwrap_or_else(|| "model".to_owned()),
+        content_hash: model.content_hash().to_owned(),
+        context_tokens_max: u32::try_from(config.context_tokens_max).unwrap_or(u32::MAX),
+        vocabulary_size: u32::try_from(config.vocab_size).unwrap_or(u32::MAX),
+        kernel: model.kernel_name().to_owned(),
+        weights_dtype: model.weights_dtype().to_owned(),
+        parameters: model.parameters(),
+        active_parameters: model.active_parameters(),
+        state_bytes_per_sequence: model.state_bytes_per_sequence(),
+        cache_bytes_per_token: model.cache_bytes_per_token(),
+        created_s: modified_s(&dir.join("config.json")),
+    }
+}
+
+fn modified_s(path: &Path) -> i64 {
+    let modified = std::fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
+    let since_epoch = modified.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+    since_epoch.and_then(|age| i64::try_from(age.as_secs()).ok()).unwrap_or(0)
+}
+
+/// `eos_token_id` of generation_config.json, an id or a list; empty if there is none.
+fn generation_config_end_of_sequence(dir: &Path) -> Result<Vec<u32>, StartError> {
+    #[derive(serde::Deserialize)]
+    struct GenerationConfig {
+        eos_token_id: Option<OneOrMany>,
+    }
+    #[derive(serde::Deserialize)]
+    #[serde(untagged)]
+    enum OneOrMany {
+        One(u32),
+        Many(Vec<u32>),
+    }
+    let path = dir.join("generation_config.json");
+    let bytes = match std::fs::read(&path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(StartError::GenerationConfig { path, reason: error.to_string() }),
+    };
+    let config: GenerationConfig = serde_json::from_slice(&bytes).map_err(|error| {
+        let reason = format!("eos_token_id must be a token id or a list of them: {error}");
+        StartError::GenerationConfig { path, reason }
+    })?;
+    Ok(match config.eos_token_id {
+        None => Vec::new(),
+        Some(OneOrMany::One(id)) => vec![id],
+        Some(OneOrMany::Many(ids)) => ids,
+    })
+}
+
+#[cfg(test)]
+#[path = "node_tests.rs"]
+mod tests;

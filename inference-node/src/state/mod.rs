@@ -1,0 +1,204 @@
+//! What a sequence remembers: lightning states and softmax pages, on one fixed grid of blocks.
+//!
+//! ```text
+//! position   0 ........ 63 | 64 ....... 127 | 128 .. 150
+//! lightning  folded into one state per head | open block: k, v of 128..=150
+//! softmax    page 0        | page 1         | page 2 (filling)
+//! ```
+//!
+//! The grid starts at position 0 and never moves, so a token's result does not depend on how its prompt was cut. The cache owns the
+//! memory of every sequence; a forward pass borrows it by taking the [`Sequence`] out of its slot and putting it back.
+
+use crate::config::{LayerKind, ModelConfig};
+
+/// Tokens of one block of the grid. Independent of the block a checkpoint was trained with: the recurrence is exact for any.
+pub const BLOCK_TOKENS: usize = 64;
+
+#[derive(Clone, Copy, Debug)]
+pub struct CacheLimits {
+    /// Sequences that may hold state at a time.
+    pub slots: usize,
+    /// Tokens of softmax keys and values over all slots, rounded up to whole pages a sequence.
+    pub tokens: usize,
+}
+
+/// The right to one sequence's state. Give it back with [`StateCache::release`].
+#[must_use = "a slot that is dropped is lost to the cache: release it"]
+#[derive(Debug)]
+pub struct Slot {
+    index: usize,
+}
+
+/// State of all sequences, bounded by [`CacheLimits`]; memory is taken when a slot or page is first used and kept for reuse.
+pub struct StateCache {
+    shape: StateShape,
+    limits: CacheLimits,
+    slots: Vec<SlotState>,
+    free_slots: Vec<usize>,
+    free_pages: Vec<Page>,
+    pages_reserved: usize,
+}
+
+/// What one sequence needs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StateShape {
+    linear_layers: usize,
+    softmax_layers: usize,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+}
+
+#[derive(Default)]
+struct SlotState {
+    pages_reserved: usize,
+    sequence: Option<Sequence>,
+}
+
+/// The state of one sequence, owned by whoever advances it.
+pub(crate) struct Sequence {
+    pub position: usize,
+    /// One a lightning layer, in layer order.
+    pub linear: Vec<LightningState>,
+    /// One a block of the grid, up to the block that `position` is in.
+    pub pages: Vec<Page>,
+}
+
+/// A lightning layer's memory. All heads, head-major.
+pub(crate) struct LightningState {
+    /// `[heads, d_k, d_v]` f32, d_v fastest: the recurrence at the start of the open block.
+    pub state: Vec<f32>,
+    /// `[heads, d_k, BLOCK_TOKENS]` f32: keys of the open block, transposed.
+    pub keys: Vec<f32>,
+    /// `[heads, BLOCK_TOKENS, d_v]` f32: values of the open block.
+    pub values: Vec<f32>,
+}
+
+/// Keys and values of one block of tokens in every softmax layer:
+/// `[softmax layers, kv_heads, {keys [d, BLOCK_TOKENS], values [BLOCK_TOKENS, d]}]` f32.
+pub(crate) struct Page(pub Vec<f32>);
+
+impl StateCache {
+    pub fn new(config: &ModelConfig, limits: CacheLimits) -> StateCache {
+        StateCache {
+            shape: StateShape::new(config),
+            limits,
+            slots: Vec::new(),
+            free_slots: Vec::new(),
+            free_pages: Vec::new(),
+            pages_reserved: 0,
+        }
+    }
+
+    /// Room for a sequence of up to `tokens_max` tokens, or `None` while there is none.
+    pub fn acquire(&mut self, tokens_max: usize) -> Option<Slot> {
+        let pages = self.shape.pages_for(tokens_max);
+        if self.pages_reserved + pages > self.pages_max() {
+            return None;
+        }
+        let index = match self.free_slots.pop() {
+            Some(index) => index,
+            None if self.slots.len() < self.limits.slots => {
+                self.slots.push(SlotState::default());
+                self.slots.len() - 1
+            }
+            None => return None,
+        };
+        self.pages_reserved += pages;
+        let slot = &mut self.slots[index];
+        slot.pages_reserved = pages;
+        match &mut slot.sequence {
+            Some(sequence) => sequence.clear(),
+            None => slot.sequence = Some(Sequence::new(self.shape)),
+        }
+        Some(Slot { index })
+    }
+
+    pub fn release(&mut self, slot: Slot) {
+        let state = &mut self.slots[slot.index];
+        self.pages_reserved -= std::mem::take(&mut state.pages_reserved);
+        let sequence = state.sequence.as_mut().expect("a slot is released between forward passes");
+        self.free_pages.append(&mut sequence.pages);
+        self.free_slots.push(slot.index);
+    }
+
+    /// Tokens already in the state.
+    pub fn position(&self, slot: &Slot) -> usize {
+        self.slots[slot.index].sequence.as_ref().expect("a slot is read between forward passes").position
+    }
+
+    /// Whether [`StateCache::acquire`] could ever succeed, with the cache empty.
+    pub fn fits(&self, tokens_max: usize) -> bool {
+        self.limits.slots > 0 && self.shape.pages_for(tokens_max) <= self.pages_max()
+    }
+
+    /// Hands the sequence to a forward pass, with pages for `tokens` more tokens.
+    pub(crate) fn take(&mut self, slot: &Slot, tokens: usize) -> Sequence {
+        let state = &mut self.slots[slot.index];
+        let mut sequence = state.sequence.take().expect("a slot is in at most one span of a forward pass");
+        let pages = self.shape.pages_for(sequence.position + tokens);
+        assert!(pages <= state.pages_reserved, "a sequence stays within the tokens it was acquired for");
+        while sequence.pages.len() < pages {
+            let page = self.free_pages.pop().unwrap_or_else(|| Page(vec![0.0; self.shape.page_floats()]));
+            sequence.pages.push(page);
+        }
+        sequence
+    }
+
+    pub(crate) fn put(&mut self, slot: &Slot, sequence: Sequence) {
+        self.slots[slot.index].sequence = Some(sequence);
+    }
+
+    fn pages_max(&self) -> usize {
+        self.limits.tokens.div_ceil(BLOCK_TOKENS)
+    }
+}
+
+impl Sequence {
+    fn new(shape: StateShape) -> Sequence {
+        let lightning = || LightningState {
+            state: vec![0.0; shape.heads * shape.head_dim * shape.head_dim],
+            keys: vec![0.0; shape.heads * shape.head_dim * BLOCK_TOKENS],
+            values: vec![0.0; shape.heads * shape.head_dim * BLOCK_TOKENS],
+        };
+        let linear = (0..shape.linear_layers).map(|_| lightning()).collect();
+        Sequence { position: 0, linear, pages: Vec::new() }
+    }
+
+    /// Back to position 0. Keys, values and pages hold stale numbers that no token before `position` reads.
+    fn clear(&mut self) {
+        self.position = 0;
+        self.linear.iter_mut().for_each(|layer| layer.state.fill(0.0));
+    }
+}
+
+impl StateShape {
+    pub fn new(config: &ModelConfig) -> StateShape {
+        StateShape {
+            linear_layers: config.layers_of(LayerKind::Linear),
+            softmax_layers: config.layers_of(LayerKind::Softmax),
+            heads: config.heads,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim,
+        }
+    }
+
+    /// Bytes that a sequence holds whatever its length.
+    pub fn sequence_bytes(&self) -> u64 {
+        let floats = self.heads * self.head_dim * (self.head_dim + 2 * BLOCK_TOKENS);
+        (self.linear_layers * floats * size_of::<f32>()) as u64
+    }
+
+    pub fn token_bytes(&self) -> u64 {
+        (self.page_floats() / BLOCK_TOKENS * size_of::<f32>()) as u64
+    }
+
+    fn page_floats(&self) -> usize {
+        self.softmax_layers * self.kv_heads * 2 * self.head_dim * BLOCK_TOKENS
+    }
+
+    /// Pages are counted even for a model without softmax layers, where they are empty: the token limit holds all the same.
+    fn pages_for(&self, tokens: usize) -> usize {
+        tokens.div_ceil(BLOCK_TOKENS)
+    }
+}
