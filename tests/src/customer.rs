@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 use sqlx::ConnectOptions;
+use sqlx::sqlite::SqliteConnectOptions;
 
 use crate::cluster::Cluster;
 use crate::patience::eventually;
@@ -40,29 +41,32 @@ impl Price {
 }
 
 impl Cluster {
-    /// A new customer; `None`: with an account that has less than any request costs.
+    /// A new customer; `None`: with an account that never had credit.
     pub async fn customer(&self, name: &str, credit_pico: Option<i64>) -> Customer {
         let (org, project, account) = (format!("org-{name}"), format!("proj-{name}"), format!("acct-{name}"));
         self.insert_organisation(&org, &project, &account).await;
         let made = self.cli(&["keys", "create", "--name", name, "--project", &project]).await;
         let customer = Customer { key: made["key"].as_str().expect("a key").to_owned(), account };
-        self.credit(&customer, credit_pico.unwrap_or(1)).await;
+        if let Some(credit_pico) = credit_pico {
+            self.credit(&customer, credit_pico).await;
+        }
         customer
     }
 
-    /// There is no command for a second organisation yet, so the harness writes the two rows that make one.
+    /// There is no command for a second organisation yet, so the harness writes the three rows that make one.
     async fn insert_organisation(&self, org: &str, project: &str, account: &str) {
-        let options = sqlx::sqlite::SqliteConnectOptions::new().filename(self.data_dir().join("ledger.db"));
+        let options = SqliteConnectOptions::new().filename(self.data_dir().join("ledger.db"));
         let mut database = options.connect().await.expect("the database opens beside the server");
         for (statement, values) in [
-            ("INSERT INTO orgs (id, name, account_id, created_s) VALUES (?, ?, ?, 0)", [org, org, account]),
             (
-                "INSERT INTO projects (id, org_id, name, created_s) VALUES (?, ?, ?, 0)",
-                [project, org, project],
+                "INSERT INTO billing_accounts (id, kind, credit_limit_pico) VALUES (?, 'prepaid', 0)",
+                &[account][..],
             ),
+            ("INSERT INTO orgs (id, name, account_id, created_s) VALUES (?, 'Test', ?, 0)", &[org, account]),
+            ("INSERT INTO projects (id, org_id, name, created_s) VALUES (?, ?, 'Test', 0)", &[project, org]),
         ] {
             let query =
-                values.into_iter().fold(sqlx::query(statement), |query, value| query.bind(value.to_owned()));
+                values.iter().fold(sqlx::query(statement), |query, value| query.bind(value.to_string()));
             query.execute(&mut database).await.unwrap_or_else(|error| panic!("{statement}: {error}"));
         }
     }
