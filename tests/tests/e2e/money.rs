@@ -83,6 +83,8 @@ async fn generation_stops_at_the_token_the_budget_affords() {
         let answer = ask(&cluster, &customer).await.unwrap_or_else(|reply| panic!("{tokens}: {reply:?}"));
         assert_eq!(answer.usage(), (prompt, tokens as u64), "the budget affords {tokens} tokens");
         assert_eq!(answer.finish_reason.as_deref(), Some("length"));
+        let said = answer.frames.iter().any(|frame| frame["sluice"]["finish_reason"] == "budget");
+        assert!(said, "a chunk says that it was the budget: {:#?}", answer.frames.last());
         assert!(whole.content.starts_with(&answer.content), "the part is the start of the whole");
         assert_no_credit(&ask(&cluster, &customer).await.expect_err("nothing is left"));
         cluster.settled().await;
@@ -102,6 +104,7 @@ async fn a_budget_stops_a_whole_answer_and_grpc_too() {
     let reply = cluster.post("/chat/completions", &customer.key, &question(&cluster)).await;
     assert_eq!(reply.usage(), (prompt, 30));
     assert_eq!(reply.ok()["choices"][0]["finish_reason"], "length");
+    assert_eq!(reply.header("x-sluice-finish-reason"), Some("budget"));
 
     let customer = cluster.customer("grpc", Some(credit)).await;
     let last = cluster.grpc_stream(&customer.key, &question(&cluster), usize::MAX).await;
