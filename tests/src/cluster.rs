@@ -253,7 +253,7 @@ impl Drop for Cluster {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let log = self.log();
-            let tail: Vec<&str> = log.lines().rev().take(60).collect();
+            let tail: Vec<&str> = log.lines().rev().take(20).collect();
             eprintln!("--- the end of the log of `sluice up` ---");
             tail.iter().rev().for_each(|line| eprintln!("{line}"));
         } else {

@@ -177,7 +177,7 @@ async fn a_model_that_cannot_be_served_is_named() {
         ("hidden_size", 0.into()),
         ("hidden_size", (-256).into()),
         ("num_experts_per_tok", 1000.into()),
-        ("layer_types", serde_json::json!(["linear_attention"])),
+        ("num_hidden_layers", 7.into()),
         ("layer_types", serde_json::json!(["quadratic_attention"])),
         ("hidden_act", "mystery".into()),
     ] {
