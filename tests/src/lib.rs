@@ -1,1 +1,37 @@
+//! The harness of the end-to-end suites: a [`Cluster`] of real processes, spoken to by real clients.
+//!
+//! ```text
+//!   test ── Cluster::start() ──▶ `sluice up` (own data directory, port 0, logs in a file)
+//!     │        │  post / stream / curl / python ──▶ REST, gRPC
+//!     │        └  cli("usage", ..) ───────────────▶ `sluice usage --json --data-dir ..`
+//!     └── cluster.finish() ──▶ no open holds, drained, exit 0, `sluice audit` clean
+//! ```
+//!
+//! Nothing here is imported from the product, apart from its generated gRPC client: what a test sees is what a
+//! customer or an operator sees. A cluster that is dropped without [`Cluster::finish`] fails its test, so that the
+//! epilogue cannot be forgotten. No assertion depends on how long something took; where a test has to wait for
+//! another process it polls with [`eventually`], whose limit only says when to stop hoping.
 #![forbid(unsafe_code)]
+
+mod binaries;
+mod checkpoint;
+mod cluster;
+mod customer;
+mod grpc;
+mod metrics;
+mod patience;
+mod process;
+mod python;
+mod rest;
+mod sse;
+
+pub use binaries::{binary, repository, run_to_end, run_to_json};
+pub use checkpoint::{bundled_model, copy_of, random_model};
+pub use cluster::{Cluster, ClusterOptions};
+pub use customer::{Customer, Price, Usage};
+pub use metrics::Metrics;
+pub use patience::eventually;
+pub use process::{Process, Signal};
+pub use python::pytest;
+pub use rest::{Reply, assert_error};
+pub use sse::{Stream, Transcript};

@@ -1,0 +1,12 @@
+//! End to end: real processes, real clients. One module a promise; every test ends with `Cluster::finish`.
+#![forbid(unsafe_code)]
+
+mod concurrency;
+mod errors;
+mod first_light;
+mod lifecycle;
+mod metering;
+mod money;
+mod node;
+mod sdk;
+mod unicode;
