@@ -83,7 +83,7 @@ impl LightningHead<'_> {
                 k: d,
                 accumulate: false,
             };
-            one_row.run::<V>();
+            V::multiply(one_row);
             let faded = V::splat(self.powers[open + 1]);
             rows::zip::<V>(out, out, out, d, |o, _| o.mul(faded));
             let key_block = Block {
@@ -93,12 +93,17 @@ impl LightningHead<'_> {
                 n: columns,
                 ..one_row
             };
-            key_block.run::<V>();
+            V::multiply(key_block);
             let decay = &self.reversed[BLOCK_TOKENS - 1 - open..];
             let scores_at = scores.as_mut_ptr();
             rows::zip::<V>(scores_at, scores_at, decay.as_ptr(), open + 1, |score, decay| score.mul(decay));
-            Block { a: scores.as_ptr(), b: self.values.as_ptr(), k: open + 1, accumulate: true, ..one_row }
-                .run::<V>();
+            V::multiply(Block {
+                a: scores.as_ptr(),
+                b: self.values.as_ptr(),
+                k: open + 1,
+                accumulate: true,
+                ..one_row
+            });
         }
     }
 
@@ -135,7 +140,7 @@ impl LightningHead<'_> {
                 k: BLOCK_TOKENS,
                 accumulate: true,
             };
-            update.run::<V>();
+            V::multiply(update);
         }
     }
 }
@@ -252,7 +257,7 @@ impl Online<'_> {
                 k: d,
                 accumulate: false,
             };
-            scores.run::<V>();
+            V::multiply(scores);
             for line in lines.clone() {
                 self.weigh::<V>(line, d, visible, columns);
             }
@@ -268,7 +273,7 @@ impl Online<'_> {
                 k: visible,
                 accumulate: true,
             };
-            weighted.run::<V>();
+            V::multiply(weighted);
         }
     }
 

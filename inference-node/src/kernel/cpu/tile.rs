@@ -1,6 +1,5 @@
 //! The one matrix multiplication that everything uses: `c (+)= a b` on small blocks, a tile of registers at a time.
 
-use super::Routine;
 use super::simd::Vector;
 
 /// Rows of `a` in one tile.
@@ -25,9 +24,11 @@ pub(super) struct Block {
     pub accumulate: bool,
 }
 
-impl Routine for Block {
+impl Block {
+    /// # Safety
+    /// What the creator guarantees (see [`Block`]) holds, and the CPU has V's features. Reached through [`Vector::multiply`].
     #[inline(always)]
-    unsafe fn run<V: Vector>(self) {
+    pub unsafe fn tiles<V: Vector>(self) {
         let mut row = 0;
         while row < self.m {
             // SAFETY: row + rows <= m in each arm.
@@ -44,9 +45,7 @@ impl Routine for Block {
             row += TILE_ROWS;
         }
     }
-}
 
-impl Block {
     /// All columns of `ROWS` rows: the widest tiles that fit the registers first, single columns at the end.
     ///
     /// # Safety
