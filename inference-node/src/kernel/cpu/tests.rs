@@ -125,7 +125,7 @@ fn the_exponential_is_accurate_over_its_range() {
         unsafe fn run<V: simd::Vector>(self) {
             let x = self.0.as_mut_ptr();
             // SAFETY: one slice, in place.
-            unsafe { rows::zip::<V>(x, x, x, self.0.len(), |x, _| simd::exp(x)) }
+            unsafe { rows::zip::<V, rows::ExpLess>(x, x, x, 0.0, self.0.len()) }
         }
     }
     let inputs: Vec<f32> = (-87_000..88_000).map(|i| i as f32 / 1000.0).collect();
