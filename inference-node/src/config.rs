@@ -422,3 +422,91 @@ fn missing(field: impl Into<String>, fix: &'static str) -> ConfigError {
 fn invalid(field: impl Into<String>, problem: impl Into<String>) -> ConfigError {
     ConfigError::Invalid { field: field.into(), problem: problem.into() }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OFFICIAL: &str = r#"{"model_type": "minimax_m1", "vocab_size": 100, "hidden_size": 64, "intermediate_size": 32,
+        "num_hidden_layers": 3, "attn_type_list": [0, 0, 1], "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 16, "rotary_dim": 8, "rope_theta": 10000000, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "layernorm_linear_attention_alpha": 3.5, "layernorm_mlp_beta": 0.5, "postnorm": true,
+        "shared_intermediate_size": 0, "max_position_embeddings": 10240, "rms_norm_eps": 1e-05}"#;
+
+    const TRANSFORMERS: &str = r#"{"model_type": "minimax", "vocab_size": 100, "hidden_size": 64, "intermediate_size": 32,
+        "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "num_attention_heads": 4,
+        "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "linear_attn_alpha_factor": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "max_position_embeddings": 10240,
+        "eos_token_id": [2, 5]}"#;
+
+    /// The text with one field replaced (`null` stands for absence).
+    fn with(json: &str, field: &str, value: Value) -> Vec<u8> {
+        let mut config: Value = serde_json::from_str(json).expect("the example is JSON");
+        config[field] = value;
+        config.to_string().into_bytes()
+    }
+
+    fn check(json: &str, field: &str, value: Value, expect: &str) {
+        let error = ModelConfig::parse(&with(json, field, value)).expect_err("it is invalid").to_string();
+        assert!(error.contains(expect), "{error}");
+    }
+
+    #[test]
+    fn both_generations_parse_into_one_shape() {
+        let official = ModelConfig::parse(OFFICIAL.as_bytes()).expect("valid");
+        assert_eq!(official.layers, [LayerKind::Linear, LayerKind::Linear, LayerKind::Softmax]);
+        assert_eq!(official.linear_attention, Residual { alpha: 3.5, beta: 1.0 });
+        assert_eq!(
+            (official.moe.beta, official.rotary_dim, official.shared_intermediate_size),
+            (0.5, 8, None)
+        );
+        let port = ModelConfig::parse(TRANSFORMERS.as_bytes()).expect("valid");
+        assert_eq!((port.head_dim, port.rotary_dim, port.postnorm), (16, 16, true));
+        assert_eq!((port.linear_attention.alpha, port.rope_theta), (2.0, 10000.0));
+        assert_eq!(port.eos_token_ids, [2, 5]);
+    }
+
+    #[test]
+    fn the_official_code_defaults_to_prenorm() {
+        let config = ModelConfig::parse(&with(OFFICIAL, "postnorm", Value::Null)).expect("valid");
+        assert!(!config.postnorm);
+    }
+
+    #[test]
+    fn errors_name_the_field() {
+        check(OFFICIAL, "attn_type_list", Value::Null, "`attn_type_list` is missing");
+        check(OFFICIAL, "attn_type_list", serde_json::json!([0, 2, 1]), "`attn_type_list[1]` is 2");
+        check(OFFICIAL, "attn_type_list", serde_json::json!([0, 1]), "`num_hidden_layers` is 3");
+        check(OFFICIAL, "hidden_act", "gelu".into(), "`hidden_act` is \"gelu\"");
+        check(OFFICIAL, "rotary_dim", 7.into(), "`rotary_dim` is 7");
+        check(OFFICIAL, "rotary_dim", 18.into(), "`rotary_dim` is 18");
+        check(OFFICIAL, "num_key_value_heads", 3.into(), "`num_key_value_heads` is 3");
+        check(OFFICIAL, "num_experts_per_tok", 5.into(), "`num_experts_per_tok` is 5");
+        check(OFFICIAL, "vocab_size", (-1).into(), "`vocab_size` is -1");
+        check(OFFICIAL, "model_type", "llama".into(), "`model_type` is \"llama\"");
+        check(TRANSFORMERS, "layer_types", Value::Null, "`layer_types` is missing");
+        check(
+            TRANSFORMERS,
+            "layer_types",
+            serde_json::json!(["linear_attention", "mamba"]),
+            "`layer_types[1]`",
+        );
+        check(TRANSFORMERS, "rope_parameters", Value::Null, "`rope_parameters.rope_theta` is missing");
+        check(TRANSFORMERS, "sliding_window", 512.into(), "`sliding_window` is 512");
+        assert!(ModelConfig::parse(b"[]").is_err() && ModelConfig::parse(b"{").is_err());
+    }
+
+    #[test]
+    fn slopes_follow_the_published_schedules() {
+        let config = ModelConfig::parse(OFFICIAL.as_bytes()).expect("valid");
+        let close =
+            |found: &[f64], expected: &[f64]| found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-12);
+        let fade = 1.0 - 0.5 + 1e-5;
+        assert!(close(
+            &config.slopes(1),
+            &[0.25 * fade, 0.0625 * fade, 0.015_625 * fade, 0.003_906_25 * fade]
+        ));
+        // Six heads: the schedule of four, then the first and third of eight.
+        assert!(close(&alibi_slopes(6), &[0.25, 0.0625, 0.015_625, 0.003_906_25, 0.5, 0.125]));
+    }
+}

@@ -166,3 +166,35 @@ fn mix(mut z: u64) -> u64 {
     z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     z ^ (z >> 31)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::Checkpoint;
+
+    const CONFIG: &str = r#"{"model_type": "minimax_m1", "vocab_size": 100, "hidden_size": 64, "intermediate_size": 32,
+        "num_hidden_layers": 2, "attn_type_list": [0, 1], "num_attention_heads": 4, "num_key_value_heads": 2,
+        "rotary_dim": 8, "rope_theta": 10000, "num_local_experts": 4, "num_experts_per_tok": 2, "postnorm": true,
+        "shared_intermediate_size": 16, "max_position_embeddings": 1024}"#;
+
+    #[test]
+    fn a_seed_gives_the_same_valid_checkpoint_again() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let config = dir.path().join("config.json");
+        std::fs::write(&config, CONFIG).expect("written");
+        let write = |name: &str, seed| {
+            let out = dir.path().join(name);
+            let parameters = initialize(&config, seed, WeightsDtype::Bf16, &out).expect("written");
+            (parameters, std::fs::read(out.join(SINGLE_FILE)).expect("weights"))
+        };
+        let (first, again, other) = (write("first", 7), write("again", 7), write("other", 8));
+        assert!(first == again && first.1 != other.1);
+        let checkpoint = Checkpoint::open(&dir.path().join("first")).expect("whole");
+        Layout::of(&checkpoint).expect("every tensor is there");
+        let table = checkpoint.tensor("model.embed_tokens.weight").expect("there").to_vec();
+        let variance = table.iter().map(|x| x * x).sum::<f32>() / table.len() as f32 * 64.0;
+        assert!((variance - 1.0).abs() < 0.05, "{variance}");
+        let exists = initialize(&config, 7, WeightsDtype::F32, &dir.path().join("first"));
+        assert!(matches!(exists, Err(InitError::Exists { .. })));
+    }
+}

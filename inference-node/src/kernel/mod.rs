@@ -76,6 +76,7 @@ pub struct Rotations {
 }
 
 pub(crate) trait Kernel: Send {
+    /// Kind of arithmetic: results are bit-identical between kernels of one name.
     fn name(&self) -> &'static str;
 
     /// `y[m, n] = x[m, k] w[n, k]^T`

@@ -14,7 +14,9 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering}
 use std::thread::{self, JoinHandle};
 
 /// How long an idle worker spins before it sleeps: tens of microseconds, longer than the gap between two regions of a pass.
-const SPINS_BEFORE_SLEEP: u32 = 20_000;
+const SPINS_BEFORE_SLEEP: u32 = 2_000;
+/// How long the caller spins for a worker's last task before it offers its core: that worker may be waiting for one.
+const SPINS_BEFORE_YIELD: u32 = 500;
 
 const OPEN: u64 = 1 << 31;
 const REGION: u64 = 1 << 32;
@@ -115,8 +117,14 @@ struct CloseRegion<'a>(&'a Shared);
 impl Drop for CloseRegion<'_> {
     fn drop(&mut self) {
         self.0.state.fetch_and(!OPEN, Ordering::AcqRel);
+        let mut spins = 0;
         while self.0.state.load(Ordering::Acquire) & INSIDE != 0 {
-            std::hint::spin_loop();
+            spins += 1;
+            if spins < SPINS_BEFORE_YIELD {
+                std::hint::spin_loop();
+            } else {
+                thread::yield_now();
+            }
         }
     }
 }

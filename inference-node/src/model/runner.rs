@@ -80,6 +80,11 @@ impl Runner {
         &self.model
     }
 
+    /// Kind of arithmetic: results are bit-identical between runners of one name.
+    pub fn kernel_name(&self) -> &'static str {
+        self.kernel.name()
+    }
+
     /// Advances every span's sequence by its tokens. Returns `[rows, vocab]` logits in span order: no row, the last, or one a token,
     /// as each span asked.
     pub fn forward(&mut self, cache: &mut StateCache, spans: &[Span<'_>]) -> &[f32] {
@@ -357,4 +362,34 @@ fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
         buffer.resize(len, 0.0);
     }
     &mut buffer[..len]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::kernel::Reference;
+    use crate::model::LoadOptions;
+    use crate::state::CacheLimits;
+
+    /// The runner's wiring apart from the fast kernel: with f64 operations it gives the same model.
+    #[test]
+    fn both_kernels_compute_one_model() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/text-01-shared");
+        let model = Arc::new(Model::load(&dir, &LoadOptions { threads: 1 }).expect("a golden loads"));
+        let ids: Vec<u32> = (0..70).map(|i| i * 7 % model.config().vocab_size as u32).collect();
+        let run = |kernel: Box<dyn Kernel>| {
+            let mut cache = StateCache::new(model.config(), CacheLimits { slots: 1, tokens: ids.len() });
+            let slot = cache.acquire(ids.len()).expect("room");
+            let mut runner = Runner::with_kernel(model.clone(), kernel);
+            let span = Span { slot: &slot, tokens: &ids, logits: Logits::All };
+            let logits = runner.forward(&mut cache, &[span]).to_vec();
+            cache.release(slot);
+            logits
+        };
+        let (fast, exact) = (run(Box::new(Cpu::new(2))), run(Box::new(Reference)));
+        let largest = fast.iter().zip(&exact).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(largest < 1e-4, "{largest}");
+    }
 }

@@ -202,3 +202,59 @@ impl StateShape {
         tokens.div_ceil(BLOCK_TOKENS)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CONFIG: &[u8] = br#"{"model_type": "minimax", "vocab_size": 100, "hidden_size": 64, "intermediate_size": 32,
+        "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "num_attention_heads": 4,
+        "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16,
+        "rope_theta": 10000.0, "max_position_embeddings": 10240}"#;
+
+    fn cache(slots: usize, tokens: usize) -> StateCache {
+        StateCache::new(&ModelConfig::parse(CONFIG).expect("valid"), CacheLimits { slots, tokens })
+    }
+
+    #[test]
+    fn slots_and_pages_are_bounded_and_come_back() {
+        let mut cache = cache(2, 4 * BLOCK_TOKENS);
+        assert!(cache.fits(4 * BLOCK_TOKENS) && !cache.fits(4 * BLOCK_TOKENS + 1));
+        let first = cache.acquire(2 * BLOCK_TOKENS + 1).expect("three pages of four");
+        assert!(cache.acquire(BLOCK_TOKENS + 1).is_none(), "one page is left");
+        let second = cache.acquire(BLOCK_TOKENS).expect("one page");
+        assert!(cache.acquire(0).is_none(), "both slots are taken");
+        cache.release(first);
+        let third = cache.acquire(3 * BLOCK_TOKENS).expect("the first one's room");
+        cache.release(second);
+        cache.release(third);
+    }
+
+    #[test]
+    fn pages_are_taken_when_entered_and_reused() {
+        let mut cache = cache(1, 4 * BLOCK_TOKENS);
+        let slot = cache.acquire(4 * BLOCK_TOKENS).expect("room");
+        let mut sequence = cache.take(&slot, BLOCK_TOKENS + 1);
+        assert_eq!(sequence.pages.len(), 2);
+        sequence.position = BLOCK_TOKENS + 1;
+        sequence.linear[0].state[0] = 1.0;
+        cache.put(&slot, sequence);
+        assert_eq!(cache.position(&slot), BLOCK_TOKENS + 1);
+        cache.release(slot);
+        assert_eq!(cache.free_pages.len(), 2);
+        let slot = cache.acquire(1).expect("room");
+        assert_eq!(cache.position(&slot), 0);
+        let sequence = cache.take(&slot, 1);
+        assert!(sequence.linear[0].state.iter().all(|&x| x == 0.0), "a new sequence starts from nothing");
+        assert_eq!(cache.free_pages.len(), 1);
+        cache.put(&slot, sequence);
+        cache.release(slot);
+    }
+
+    #[test]
+    fn sizes_are_those_of_the_model() {
+        let shape = StateShape::new(&ModelConfig::parse(CONFIG).expect("valid"));
+        assert_eq!(shape.sequence_bytes(), 4 * 4 * 16 * (16 + 2 * 64));
+        assert_eq!(shape.token_bytes(), 2 * 2 * 16 * 4);
+    }
+}

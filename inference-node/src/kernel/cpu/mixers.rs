@@ -1,5 +1,6 @@
 //! Lightning and softmax attention of one head on the block grid.
 
+use super::rows::{Divide, ExpLess, Multiply, Scale, Take};
 use super::simd::{Vector, exp};
 use super::tile::Block;
 use super::{Routine, rows};
@@ -83,9 +84,8 @@ impl LightningHead<'_> {
                 k: d,
                 accumulate: false,
             };
-            one_row.run::<V>();
-            let faded = V::splat(self.powers[open + 1]);
-            rows::zip::<V>(out, out, out, d, |o, _| o.mul(faded));
+            V::multiply(one_row);
+            rows::zip::<V, Scale>(out, out, out, self.powers[open + 1], d);
             let key_block = Block {
                 b: self.keys.as_ptr(),
                 b_stride: BLOCK_TOKENS,
@@ -93,12 +93,17 @@ impl LightningHead<'_> {
                 n: columns,
                 ..one_row
             };
-            key_block.run::<V>();
+            V::multiply(key_block);
             let decay = &self.reversed[BLOCK_TOKENS - 1 - open..];
             let scores_at = scores.as_mut_ptr();
-            rows::zip::<V>(scores_at, scores_at, decay.as_ptr(), open + 1, |score, decay| score.mul(decay));
-            Block { a: scores.as_ptr(), b: self.values.as_ptr(), k: open + 1, accumulate: true, ..one_row }
-                .run::<V>();
+            rows::zip::<V, Multiply>(scores_at, scores_at, decay.as_ptr(), 0.0, open + 1);
+            V::multiply(Block {
+                a: scores.as_ptr(),
+                b: self.values.as_ptr(),
+                k: open + 1,
+                accumulate: true,
+                ..one_row
+            });
         }
     }
 
@@ -116,13 +121,10 @@ impl LightningHead<'_> {
                 faded_keys.chunks_exact_mut(BLOCK_TOKENS).zip(self.keys.chunks_exact(BLOCK_TOKENS))
             {
                 let (faded, keys) = (faded.as_mut_ptr(), keys.as_ptr());
-                rows::zip::<V>(faded, keys, self.reversed.as_ptr(), BLOCK_TOKENS, |key, decay| {
-                    key.mul(decay)
-                });
+                rows::zip::<V, Multiply>(faded, keys, self.reversed.as_ptr(), 0.0, BLOCK_TOKENS);
             }
             let state = self.state.as_mut_ptr();
-            let block_decay = V::splat(self.powers[BLOCK_TOKENS]);
-            rows::zip::<V>(state, state, state, d * d, |s, _| s.mul(block_decay));
+            rows::zip::<V, Scale>(state, state, state, self.powers[BLOCK_TOKENS], d * d);
             let update = Block {
                 a: faded_keys.as_ptr(),
                 a_stride: BLOCK_TOKENS,
@@ -135,7 +137,7 @@ impl LightningHead<'_> {
                 k: BLOCK_TOKENS,
                 accumulate: true,
             };
-            update.run::<V>();
+            V::multiply(update);
         }
     }
 }
@@ -211,8 +213,8 @@ impl Routine for AttentionGroup<'_> {
                 // SAFETY: `out` holds heads * d floats at each row (struct contract).
                 unsafe {
                     let out = self.out.add(row * self.out_stride + (line - row * heads) * d);
-                    let (sum, total) = (online.sum[line * d..][..d].as_ptr(), V::splat(online.weight[line]));
-                    rows::zip::<V>(out, sum, sum, d, |sum, _| sum.div(total));
+                    let sum = online.sum[line * d..][..d].as_ptr();
+                    rows::zip::<V, Divide>(out, sum, sum, online.weight[line], d);
                 }
             }
         }
@@ -252,7 +254,7 @@ impl Online<'_> {
                 k: d,
                 accumulate: false,
             };
-            scores.run::<V>();
+            V::multiply(scores);
             for line in lines.clone() {
                 self.weigh::<V>(line, d, visible, columns);
             }
@@ -268,7 +270,7 @@ impl Online<'_> {
                 k: visible,
                 accumulate: true,
             };
-            weighted.run::<V>();
+            V::multiply(weighted);
         }
     }
 
@@ -284,15 +286,14 @@ impl Online<'_> {
         // SAFETY: in place on this line's slices.
         unsafe {
             let at = scores.as_mut_ptr();
-            let top = V::splat(largest);
-            rows::zip::<V>(at, at, at, columns, |score, _| exp(score.sub(top)));
+            rows::zip::<V, ExpLess>(at, at, at, largest, columns);
             scores[visible..].fill(0.0);
             let mut fade = [0.0; 16];
-            exp(V::splat(self.largest[line]).sub(top)).store(fade.as_mut_ptr());
-            let weight = rows::sum::<V>(scores, scores, |a, _| a);
+            exp(V::splat(self.largest[line] - largest)).store(fade.as_mut_ptr());
+            let weight = rows::sum::<V, Take>(scores, scores);
             self.weight[line] = self.weight[line] * fade[0] + weight;
-            let (sum, fade) = (self.sum[line * d..][..d].as_mut_ptr(), V::splat(fade[0]));
-            rows::zip::<V>(sum, sum, sum, d, |sum, _| sum.mul(fade));
+            let sum = self.sum[line * d..][..d].as_mut_ptr();
+            rows::zip::<V, Scale>(sum, sum, sum, fade[0], d);
         }
         self.largest[line] = largest;
     }

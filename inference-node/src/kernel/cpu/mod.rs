@@ -6,6 +6,8 @@
 mod mixers;
 mod rows;
 mod simd;
+#[cfg(test)]
+mod tests;
 mod tile;
 
 use std::marker::PhantomData;
@@ -233,7 +235,7 @@ impl Routine for MatrixTask<'_> {
             };
             if valid == PANEL {
                 // SAFETY: x is [rows, k], the panel [k, PANEL], and columns first..first + PANEL of y are this task's.
-                unsafe { whole.run::<V>() };
+                unsafe { V::multiply(whole) };
                 continue;
             }
             // The last panel is wider than y: compute it beside y.
@@ -249,7 +251,7 @@ impl Routine for MatrixTask<'_> {
                         m: rows,
                         ..whole
                     };
-                    part.run::<V>();
+                    V::multiply(part);
                     for i in 0..rows {
                         let to = whole.c.add((row + i) * n);
                         std::ptr::copy_nonoverlapping(padded.as_ptr().add(i * PANEL), to, valid);

@@ -4,24 +4,63 @@ use super::simd::{Vector, exp, sigmoid};
 use super::{Pick, Routine};
 use crate::config::Residual;
 
-/// `out[i] = f(a[i], b[i])`; `out` may be `a` or `b`.
+/// One elementwise step: `a` and `b` are elements, `s` is one number for the whole call. A type rather than a closure, because only
+/// `#[inline(always)]` functions are sure to be compiled with the features of the routine they end up in.
+pub(super) trait Step {
+    /// # Safety
+    /// The CPU has V's features.
+    unsafe fn step<V: Vector>(a: V, b: V, s: V) -> V;
+}
+
+macro_rules! steps {
+    ($($name:ident($a:ident, $b:ident, $s:ident) = $result:expr;)*) => {$(
+        pub(super) struct $name;
+
+        impl Step for $name {
+            #[inline(always)]
+            unsafe fn step<V: Vector>($a: V, $b: V, $s: V) -> V {
+                // SAFETY: the caller's contract.
+                #[allow(unused_unsafe, reason = "a step may have nothing to compute")]
+                unsafe {
+                    $result
+                }
+            }
+        }
+    )*};
+}
+
+steps! {
+    Scale(a, _b, s) = a.mul(s);
+    Divide(a, _b, s) = a.div(s);
+    Multiply(a, b, _s) = a.mul(b);
+    ScaledMultiply(a, b, s) = a.mul(s).mul(b);
+    Take(a, _b, _s) = a;
+    ExpLess(a, _b, s) = exp(a.sub(s));
+    SiluOf(a, _b, _s) = a.mul(sigmoid(a));
+    SiluTimes(a, b, _s) = a.mul(sigmoid(a)).mul(b);
+    TimesSigmoid(a, b, _s) = a.mul(sigmoid(b));
+    AddScaled(a, b, s) = b.mul_add(s, a);
+}
+
+/// `out[i] = step(a[i], b[i], s)`; `out` may be `a` or `b`.
 ///
 /// # Safety
-/// All three are valid for `len` elements; V's features are present.
+/// All three are valid for `len` elements; the CPU has V's features.
 #[inline(always)]
-pub(super) unsafe fn zip<V: Vector>(
+pub(super) unsafe fn zip<V: Vector, S: Step>(
     out: *mut f32,
     a: *const f32,
     b: *const f32,
+    s: f32,
     len: usize,
-    f: impl Fn(V, V) -> V,
 ) {
     let whole = len - len % V::LANES;
     let mut i = 0;
     // SAFETY: i + LANES <= len in the loop; the rest goes through buffers as long as the widest register.
     unsafe {
+        let s = V::splat(s);
         while i < whole {
-            f(V::load(a.add(i)), V::load(b.add(i))).store(out.add(i));
+            S::step(V::load(a.wrapping_add(i)), V::load(b.wrapping_add(i)), s).store(out.wrapping_add(i));
             i += V::LANES;
         }
         if whole < len {
@@ -30,7 +69,7 @@ pub(super) unsafe fn zip<V: Vector>(
                 left[lane] = *a.add(whole + lane);
                 right[lane] = *b.add(whole + lane);
             }
-            f(V::load(left.as_ptr()), V::load(right.as_ptr())).store(left.as_mut_ptr());
+            S::step(V::load(left.as_ptr()), V::load(right.as_ptr()), s).store(left.as_mut_ptr());
             for lane in 0..len - whole {
                 *out.add(whole + lane) = left[lane];
             }
@@ -38,27 +77,29 @@ pub(super) unsafe fn zip<V: Vector>(
     }
 }
 
-/// The sum of `f(a[i], b[i])`: one partial sum a lane, then the lanes in order. The order depends on the length alone.
+/// The sum of `step(a[i], b[i], _)`: one partial sum a lane, then the lanes in order. The order depends on the length alone.
 ///
 /// # Safety
-/// As for [`zip`].
+/// `b` is as long as `a`; the CPU has V's features.
 #[inline(always)]
-pub(super) unsafe fn sum<V: Vector>(a: &[f32], b: &[f32], f: impl Fn(V, V) -> V) -> f32 {
+pub(super) unsafe fn sum<V: Vector, S: Step>(a: &[f32], b: &[f32]) -> f32 {
     let whole = a.len() - a.len() % V::LANES;
     let mut lanes = [0.0; 16];
     // SAFETY: i + LANES <= len in the loop; `lanes` is as long as the widest register.
     unsafe {
-        let mut sums = V::splat(0.0);
+        let zero = V::splat(0.0);
+        let mut sums = zero;
         let mut i = 0;
         while i < whole {
-            sums = sums.add(f(V::load(a.as_ptr().add(i)), V::load(b.as_ptr().add(i))));
+            let (a, b) = (a.as_ptr().wrapping_add(i), b.as_ptr().wrapping_add(i));
+            sums = sums.add(S::step(V::load(a), V::load(b), zero));
             i += V::LANES;
         }
         if whole < a.len() {
             let (mut left, mut right) = ([0.0; 16], [0.0; 16]);
             left[..a.len() - whole].copy_from_slice(&a[whole..]);
             right[..a.len() - whole].copy_from_slice(&b[whole..]);
-            sums = sums.add(f(V::load(left.as_ptr()), V::load(right.as_ptr())));
+            sums = sums.add(S::step(V::load(left.as_ptr()), V::load(right.as_ptr()), zero));
         }
         sums.store(lanes.as_mut_ptr());
     }
@@ -70,7 +111,7 @@ pub(super) unsafe fn sum<V: Vector>(a: &[f32], b: &[f32], f: impl Fn(V, V) -> V)
 #[inline(always)]
 unsafe fn inverse_rms<V: Vector>(x: &[f32], eps: f32) -> f32 {
     // SAFETY: slices of equal length.
-    let squares = unsafe { sum::<V>(x, x, |a, b| a.mul(b)) };
+    let squares = unsafe { sum::<V, Multiply>(x, x) };
     1.0 / (squares / x.len() as f32 + eps).sqrt()
 }
 
@@ -88,8 +129,8 @@ impl Routine for RmsNorm<'_> {
         for (x, y) in self.x.chunks_exact(width).zip(self.y.chunks_exact_mut(width)) {
             // SAFETY: all slices are `width` long.
             unsafe {
-                let scale = V::splat(inverse_rms::<V>(x, self.eps));
-                zip::<V>(y.as_mut_ptr(), x.as_ptr(), self.weight.as_ptr(), width, |x, w| x.mul(scale).mul(w));
+                let scale = inverse_rms::<V>(x, self.eps);
+                zip::<V, ScaledMultiply>(y.as_mut_ptr(), x.as_ptr(), self.weight.as_ptr(), scale, width);
             }
         }
     }
@@ -109,10 +150,10 @@ impl Routine for GatedRmsNorm<'_> {
         for (gate, x) in self.gate.chunks_exact(width).zip(self.x.chunks_exact_mut(width)) {
             // SAFETY: all slices are `width` long.
             unsafe {
-                let scale = V::splat(inverse_rms::<V>(x, self.eps));
+                let scale = inverse_rms::<V>(x, self.eps);
                 let (x, gate) = (x.as_mut_ptr(), gate.as_ptr());
-                zip::<V>(x, x, self.weight.as_ptr(), width, |x, w| x.mul(scale).mul(w));
-                zip::<V>(x, x, gate, width, |x, gate| x.mul(sigmoid(gate)));
+                zip::<V, ScaledMultiply>(x, x, self.weight.as_ptr(), scale, width);
+                zip::<V, TimesSigmoid>(x, x, gate, 0.0, width);
             }
         }
     }
@@ -125,7 +166,7 @@ impl Routine for Silu<'_> {
     unsafe fn run<V: Vector>(self) {
         let x = self.0.as_mut_ptr();
         // SAFETY: one slice, in place.
-        unsafe { zip::<V>(x, x, x, self.0.len(), |x, _| x.mul(sigmoid(x))) }
+        unsafe { zip::<V, SiluOf>(x, x, x, 0.0, self.0.len()) }
     }
 }
 
@@ -143,9 +184,7 @@ impl Routine for SwiGlu<'_> {
             let (gate, up) = row.split_at(width);
             // SAFETY: all slices are `width` long.
             unsafe {
-                zip::<V>(y.as_mut_ptr(), gate.as_ptr(), up.as_ptr(), width, |gate, up| {
-                    gate.mul(sigmoid(gate)).mul(up)
-                });
+                zip::<V, SiluTimes>(y.as_mut_ptr(), gate.as_ptr(), up.as_ptr(), 0.0, width);
             }
         }
     }
@@ -160,13 +199,11 @@ pub(super) struct AddResidual<'a> {
 impl Routine for AddResidual<'_> {
     #[inline(always)]
     unsafe fn run<V: Vector>(self) {
-        let branch = self.branch.as_mut_ptr();
+        let (branch, residual) = (self.branch.as_mut_ptr(), self.residual.as_ptr());
         // SAFETY: both slices have the same length.
         unsafe {
-            let (alpha, beta) = (V::splat(self.weights.alpha), V::splat(self.weights.beta));
-            zip::<V>(branch, branch, self.residual.as_ptr(), self.branch.len(), |branch, residual| {
-                residual.mul(alpha).add(branch.mul(beta))
-            });
+            zip::<V, Scale>(branch, branch, branch, self.weights.beta, self.branch.len());
+            zip::<V, AddScaled>(branch, branch, residual, self.weights.alpha, self.branch.len());
         }
     }
 }
@@ -189,11 +226,9 @@ impl Routine for Route<'_> {
             let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             // SAFETY: both slices are `experts` long.
             let total = unsafe {
-                let largest = V::splat(largest);
-                zip::<V>(shares.as_mut_ptr(), logits.as_ptr(), logits.as_ptr(), self.experts, |x, _| {
-                    exp(x.sub(largest))
-                });
-                sum::<V>(shares, shares, |a, _| a)
+                let at = logits.as_ptr();
+                zip::<V, ExpLess>(shares.as_mut_ptr(), at, at, largest, self.experts);
+                sum::<V, Take>(shares, shares)
             };
             shares.iter_mut().for_each(|share| *share /= total);
             select(shares, picks);
@@ -238,9 +273,8 @@ impl Routine for Combine<'_> {
                 let expert = &self.x[place as usize * width..][..width];
                 // SAFETY: both slices are `width` long.
                 unsafe {
-                    let weight = V::splat(pick.weight);
                     let y = y.as_mut_ptr();
-                    zip::<V>(y, y, expert.as_ptr(), width, |y, expert| expert.mul_add(weight, y));
+                    zip::<V, AddScaled>(y, y, expert.as_ptr(), pick.weight, width);
                 }
             }
         }
@@ -262,10 +296,11 @@ impl Routine for BlendShared<'_> {
         for ((x, shared), y) in rows.zip(self.y.chunks_exact_mut(width)) {
             // SAFETY: all slices are `width` long.
             unsafe {
-                let share = sigmoid(V::splat(sum::<V>(x, self.coefficient, |x, c| x.mul(c))));
-                let rest = V::splat(1.0).sub(share);
+                let mut share = [0.0; 16];
+                sigmoid(V::splat(sum::<V, Multiply>(x, self.coefficient))).store(share.as_mut_ptr());
                 let y = y.as_mut_ptr();
-                zip::<V>(y, y, shared.as_ptr(), width, |y, shared| y.mul(rest).add(shared.mul(share)));
+                zip::<V, Scale>(y, y, y, 1.0 - share[0], width);
+                zip::<V, AddScaled>(y, y, shared.as_ptr(), share[0], width);
             }
         }
     }

@@ -4,6 +4,8 @@
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
+use super::tile::Block;
+
 /// Register operations. Every method is elementwise with one rounding a step, so a result depends on neither the lane nor the
 /// number of lanes.
 ///
@@ -32,6 +34,8 @@ pub(super) trait Vector: Copy {
     unsafe fn exp2_whole(self) -> Self;
     /// `mul_add` of single numbers, rounded as the vector form.
     unsafe fn mul_add_scalar(a: f32, b: f32, c: f32) -> f32;
+    /// The block's multiplication. One compiled copy an instruction set, since its tiles are most of the kernel's code.
+    unsafe fn multiply(block: Block);
 }
 
 /// `e^x` with a relative error under 2 ulp; below -87.3 it is flushed to about 1e-38, above 88.3 it saturates.
@@ -137,12 +141,17 @@ impl Vector for Portable {
     unsafe fn mul_add_scalar(a: f32, b: f32, c: f32) -> f32 {
         a * b + c
     }
+    #[inline(never)]
+    unsafe fn multiply(block: Block) {
+        // SAFETY: the caller's contract.
+        unsafe { block.tiles::<Portable>() }
+    }
 }
 
 /// Implements [`Vector`] by one intrinsic a method.
 #[cfg(target_arch = "x86_64")]
 macro_rules! x86_vector {
-    ($name:ident, $register:ty, $lanes:literal, $accumulators:literal, $splat:ident, $load:ident, $store:ident,
+    ($name:ident, $features:literal, $register:ty, $lanes:literal, $accumulators:literal, $splat:ident, $load:ident, $store:ident,
      $add:ident, $sub:ident, $mul:ident, $div:ident, $min:ident, $max:ident, $fma:ident, $round:expr, $exp2:expr) => {
         #[derive(Clone, Copy)]
         pub(super) struct $name($register);
@@ -206,6 +215,15 @@ macro_rules! x86_vector {
             unsafe fn mul_add_scalar(a: f32, b: f32, c: f32) -> f32 {
                 a.mul_add(b, c)
             }
+            #[inline(always)]
+            unsafe fn multiply(block: Block) {
+                #[inline(never)]
+                #[target_feature(enable = $features)]
+                unsafe fn tiles(block: Block) {
+                    unsafe { block.tiles::<$name>() }
+                }
+                unsafe { tiles(block) }
+            }
         }
     };
 }
@@ -213,6 +231,7 @@ macro_rules! x86_vector {
 #[cfg(target_arch = "x86_64")]
 x86_vector!(
     Avx2,
+    "avx2,fma",
     __m256,
     8,
     12,
@@ -236,6 +255,7 @@ x86_vector!(
 #[cfg(target_arch = "x86_64")]
 x86_vector!(
     Avx512,
+    "avx512f,avx2,fma",
     __m512,
     16,
     24,

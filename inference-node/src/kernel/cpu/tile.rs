@@ -1,6 +1,5 @@
 //! The one matrix multiplication that everything uses: `c (+)= a b` on small blocks, a tile of registers at a time.
 
-use super::Routine;
 use super::simd::Vector;
 
 /// Rows of `a` in one tile.
@@ -25,9 +24,11 @@ pub(super) struct Block {
     pub accumulate: bool,
 }
 
-impl Routine for Block {
+impl Block {
+    /// # Safety
+    /// What the creator guarantees (see [`Block`]) holds, and the CPU has V's features. Reached through [`Vector::multiply`].
     #[inline(always)]
-    unsafe fn run<V: Vector>(self) {
+    pub unsafe fn tiles<V: Vector>(self) {
         let mut row = 0;
         while row < self.m {
             // SAFETY: row + rows <= m in each arm.
@@ -44,9 +45,7 @@ impl Routine for Block {
             row += TILE_ROWS;
         }
     }
-}
 
-impl Block {
     /// All columns of `ROWS` rows: the widest tiles that fit the registers first, single columns at the end.
     ///
     /// # Safety
@@ -91,33 +90,36 @@ impl Block {
     unsafe fn tile<V: Vector, const ROWS: usize, const WIDE: usize>(&self, row: usize, column: usize) {
         // SAFETY: the tile lies inside `c`, so the rows of `a` and columns of `b` it reads exist.
         unsafe {
-            let a = self.a.add(row * self.a_stride);
-            let mut b = self.b.add(column);
-            let c = self.c.add(row * self.c_stride + column);
+            // Row pointers are worked out once and moved by wrapping steps: the loop below has no checked arithmetic in any profile.
+            let a: [*const f32; ROWS] =
+                std::array::from_fn(|i| self.a.wrapping_add((row + i) * self.a_stride));
+            let c: [*mut f32; ROWS] =
+                std::array::from_fn(|i| self.c.wrapping_add((row + i) * self.c_stride + column));
+            let mut b = self.b.wrapping_add(column);
             let mut sums = [[V::splat(0.0); WIDE]; ROWS];
             if self.accumulate {
                 for i in 0..ROWS {
                     for j in 0..WIDE {
-                        sums[i][j] = V::load(c.add(i * self.c_stride + j * V::LANES));
+                        sums[i][j] = V::load(c[i].wrapping_add(j * V::LANES));
                     }
                 }
             }
             for k in 0..self.k {
                 let mut right = [V::splat(0.0); WIDE];
                 for j in 0..WIDE {
-                    right[j] = V::load(b.add(j * V::LANES));
+                    right[j] = V::load(b.wrapping_add(j * V::LANES));
                 }
                 for i in 0..ROWS {
-                    let left = V::splat(*a.add(i * self.a_stride + k));
+                    let left = V::splat(a[i].wrapping_add(k).read());
                     for j in 0..WIDE {
                         sums[i][j] = left.mul_add(right[j], sums[i][j]);
                     }
                 }
-                b = b.add(self.b_stride);
+                b = b.wrapping_add(self.b_stride);
             }
             for i in 0..ROWS {
                 for j in 0..WIDE {
-                    sums[i][j].store(c.add(i * self.c_stride + j * V::LANES));
+                    sums[i][j].store(c[i].wrapping_add(j * V::LANES));
                 }
             }
         }
