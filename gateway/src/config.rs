@@ -108,8 +108,11 @@ mod tests {
     fn flags_win_over_the_file_and_typing_errors_are_named() {
         let folder = tempfile::tempdir().expect("a folder");
         let file = folder.path().join("sluice.toml");
-        std::fs::write(&file, "listen = \"127.0.0.1:1\"\ndrain_timeout_ms = 7\n[connections]\nconnections_max = 3\n")
-            .expect("write");
+        std::fs::write(
+            &file,
+            "listen = \"127.0.0.1:1\"\ndrain_timeout_ms = 7\n[connections]\nconnections_max = 3\n",
+        )
+        .expect("write");
         let flags = serde_json::json!({ "listen": "127.0.0.1:2" });
         let config = Config::load(Some(&file), flags).expect("a configuration");
         assert_eq!(config.listen, "127.0.0.1:2");

@@ -82,7 +82,10 @@ pub async fn run(config: Config, json: bool) -> anyhow::Result<()> {
         app.tracker.wait().await;
     });
     if drained.await.is_err() {
-        warn!(timeout_ms = config.drain_timeout_ms, "streams still in flight are cut; what they used so far is settled");
+        warn!(
+            timeout_ms = config.drain_timeout_ms,
+            "streams still in flight are cut; what they used so far is settled"
+        );
         serving.abort();
         app.cut.cancel();
         app.tracker.wait().await;
@@ -132,7 +135,9 @@ impl Fleet {
 /// Creates the folder and takes it for this process; the lock goes with the returned file.
 fn lock_data_dir(config: &Config) -> anyhow::Result<File> {
     let folder = &config.data_dir;
-    let advice = || format!("cannot use the data folder {}: name a writable one with --data-dir DIR", folder.display());
+    let advice = || {
+        format!("cannot use the data folder {}: name a writable one with --data-dir DIR", folder.display())
+    };
     std::fs::create_dir_all(folder).with_context(advice)?;
     restrict(folder).with_context(advice)?;
     let path = folder.join("sluice.lock");
@@ -140,7 +145,10 @@ fn lock_data_dir(config: &Config) -> anyhow::Result<File> {
     match lock.try_lock() {
         Ok(()) => Ok(lock),
         Err(std::fs::TryLockError::WouldBlock) => {
-            bail!("the data folder {} is in use by another `sluice up`: stop that one, or name another folder with --data-dir DIR", folder.display())
+            bail!(
+                "the data folder {} is in use by another `sluice up`: stop that one, or name another folder with --data-dir DIR",
+                folder.display()
+            )
         }
         Err(std::fs::TryLockError::Error(error)) => Err(error).with_context(advice),
     }
@@ -202,7 +210,11 @@ fn welcome(
     json: bool,
 ) -> anyhow::Result<()> {
     use std::io::Write;
-    let host = if address.ip().is_unspecified() { format!("127.0.0.1:{}", address.port()) } else { address.to_string() };
+    let host = if address.ip().is_unspecified() {
+        format!("127.0.0.1:{}", address.port())
+    } else {
+        address.to_string()
+    };
     let (base_url, grpc_url) = (format!("http://{host}/v1"), format!("http://{host}"));
     let mut stdout = std::io::stdout().lock();
     if json {

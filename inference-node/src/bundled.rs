@@ -16,8 +16,13 @@ macro_rules! files {
     };
 }
 
-const FILES: &[(&str, &[u8])] =
-    files!["config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"];
+const FILES: &[(&str, &[u8])] = files![
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "chat_template.jinja",
+    "model.safetensors"
+];
 
 /// Writes the model under `models_dir` and returns its directory. Files that are there and whole are left alone;
 /// a torn or changed one is replaced in one step, so a crash leaves either the old file or the new one.

@@ -15,12 +15,17 @@ use crate::{config::Config, store, up};
 
 /// An open platform in a box: serve a large model to developers, meter every token, bill it exactly once.
 #[derive(Debug, Parser)]
-#[command(name = "sluice", version, max_term_width = 110, after_help = "\
+#[command(
+    name = "sluice",
+    version,
+    max_term_width = 110,
+    after_help = "\
 Start here:
   sluice up                                  a working platform on http://127.0.0.1:8080
   sluice keys create --name ci               another key
   sluice usage --by key,model,day            what was used, and what it cost
-")]
+"
+)]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -149,8 +154,9 @@ impl ConfigArgs {
 }
 
 fn start_logging(filter: &str) -> anyhow::Result<()> {
-    let filter = tracing_subscriber::EnvFilter::try_new(filter)
-        .with_context(|| format!("--log {filter:?} is not a filter; try `info`, `debug`, or `sluice_gateway=debug`"))?;
+    let filter = tracing_subscriber::EnvFilter::try_new(filter).with_context(|| {
+        format!("--log {filter:?} is not a filter; try `info`, `debug`, or `sluice_gateway=debug`")
+    })?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

@@ -50,7 +50,8 @@ impl EmbeddedNode {
                 let dial = dial.clone();
                 async move {
                     let (ours, theirs) = tokio::io::duplex(PIPE_BYTES);
-                    let gone = |_| io::Error::new(io::ErrorKind::ConnectionRefused, "the embedded node has stopped");
+                    let gone =
+                        |_| io::Error::new(io::ErrorKind::ConnectionRefused, "the embedded node has stopped");
                     dial.send(theirs).await.map_err(gone)?;
                     Ok::<_, io::Error>(TokioIo::new(ours))
                 }
@@ -77,7 +78,10 @@ fn options(config: &Config) -> anyhow::Result<NodeOptions> {
     let model_dir = match &settings.model {
         Some(directory) => directory.clone(),
         None => bundled::unpack(&config.data_dir.join("models")).with_context(|| {
-            format!("cannot unpack the bundled model into {}: it needs about 30 MB", config.data_dir.display())
+            format!(
+                "cannot unpack the bundled model into {}: it needs about 30 MB",
+                config.data_dir.display()
+            )
         })?,
     };
     let mut options = NodeOptions::new(model_dir);

@@ -25,7 +25,8 @@ pub async fn ensure(billing: &Billing, path: &Path, models: &[String]) -> anyhow
     let is_new = found.is_none();
     let mut text = found.unwrap_or_else(|| HEADER.to_owned());
     let known = if is_new { None } else { Some(parse(&text, path)?) };
-    let unpriced = models.iter().filter(|model| known.as_ref().is_none_or(|book| book.model(model).is_none()));
+    let unpriced =
+        models.iter().filter(|model| known.as_ref().is_none_or(|book| book.model(model).is_none()));
     let mut changed = false;
     for model in unpriced {
         if !is_new {
@@ -34,14 +35,19 @@ pub async fn ensure(billing: &Billing, path: &Path, models: &[String]) -> anyhow
         for (meter, usd_per_million) in DEFAULT_PRICES {
             // A JSON string without control characters is a TOML basic string.
             let model = serde_json::Value::from(model.as_str());
-            write!(text, "\n[[price]]\nmodel = {model}\nmeter = \"{meter}\"\nusd_per_million = \"{usd_per_million}\"\n")?;
+            write!(
+                text,
+                "\n[[price]]\nmodel = {model}\nmeter = \"{meter}\"\nusd_per_million = \"{usd_per_million}\"\n"
+            )?;
         }
         changed = true;
     }
     let book = parse(&text, path)?;
     if changed {
         let partial = path.with_extension("partial");
-        fs::write(&partial, &text).and_then(|()| fs::rename(&partial, path)).with_context(|| format!("cannot write {}", path.display()))?;
+        fs::write(&partial, &text)
+            .and_then(|()| fs::rename(&partial, path))
+            .with_context(|| format!("cannot write {}", path.display()))?;
     }
     billing.apply_price_book(&book).await.with_context(|| format!("cannot apply {}", path.display()))?;
     Ok(())
