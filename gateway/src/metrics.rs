@@ -56,6 +56,7 @@ impl Metrics {
         let exporter = opentelemetry_prometheus::exporter()
             .with_registry(registry.clone())
             .without_target_info()
+            .scope_info_enabled(false)
             .build()
             .expect("a new registry takes the exporter");
         let provider = SdkMeterProvider::builder().with_reader(exporter).build();
