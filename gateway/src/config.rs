@@ -73,7 +73,7 @@ impl Config {
             figment = figment.merge(Toml::file_exact(file));
         }
         figment
-            .merge(Env::prefixed("SLUICE_").ignore(&["log", "config", "bin_dir"]).split("__"))
+            .merge(environment())
             .merge(Serialized::defaults(flags))
             .extract()
             .map_err(|error| anyhow::anyhow!("configuration: {error}"))
@@ -92,6 +92,22 @@ impl Config {
     }
 }
 
+/// Variables whose first name is a setting. Others are somebody else's: an orchestrator that knows a service called
+/// `sluice` sets `SLUICE_PORT`, say.
+fn environment() -> Env {
+    let settings = settings();
+    Env::prefixed("SLUICE_").filter(move |name| is_setting(&settings, name.as_str())).split("__")
+}
+
+fn settings() -> serde_json::Value {
+    serde_json::to_value(Config::default()).expect("a configuration is plain data")
+}
+
+fn is_setting(settings: &serde_json::Value, name: &str) -> bool {
+    let first = name.split("__").next().unwrap_or_default();
+    settings.get(first.to_ascii_lowercase()).is_some()
+}
+
 /// `$XDG_DATA_HOME/sluice`, else `~/.local/share/sluice`, else `./sluice-data`.
 fn default_data_dir() -> PathBuf {
     let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
@@ -103,6 +119,21 @@ fn default_data_dir() -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_environment_sets_what_is_a_setting_and_nothing_else() {
+        let settings = settings();
+        for (name, expect) in [
+            ("LISTEN", true),
+            ("data_dir", true),
+            ("CONNECTIONS__HEADERS_MAX", true),
+            ("PORT", false),
+            ("SERVICE_HOST", false),
+            ("NODE_SERVICE_HOST", false),
+        ] {
+            assert_eq!(is_setting(&settings, name), expect, "{name}");
+        }
+    }
 
     #[test]
     fn flags_win_over_the_file_and_typing_errors_are_named() {

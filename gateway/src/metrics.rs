@@ -50,6 +50,9 @@ impl Default for Metrics {
     }
 }
 
+/// Takes one number out of what a node last said.
+type ReadLoad = fn(&Seen) -> u64;
+
 impl Metrics {
     pub fn new() -> Metrics {
         let registry = Registry::new();
@@ -220,7 +223,7 @@ impl Metrics {
                 }
             })
             .build();
-        let odometer: [(&'static str, &'static str, fn(&Seen) -> u64); 3] = [
+        let odometer: [(&'static str, &'static str, ReadLoad); 3] = [
             ("sluice_node_prompt_tokens", "Prompt tokens computed", |seen| seen.load.prompt_tokens_total),
             ("sluice_node_cached_tokens", "Prompt tokens restored", |seen| seen.load.cached_tokens_total),
             ("sluice_node_output_tokens", "Tokens sampled", |seen| seen.load.output_tokens_total),

@@ -32,7 +32,7 @@ const CONFIG_FILE: &str = "config.json";
 pub enum LoadError {
     #[error("cannot read {}", path.display())]
     Io { path: PathBuf, source: std::io::Error },
-    #[error("{}: {source}", path.display())]
+    #[error("{} does not describe a model that can be loaded", path.display())]
     Config { path: PathBuf, source: ConfigError },
     #[error("{} holds neither {SINGLE_FILE} nor {INDEX_FILE}: download the weights or point at another directory", dir.display())]
     NoWeights { dir: PathBuf },
@@ -42,10 +42,10 @@ pub enum LoadError {
     MissingTensor { name: String, dir: PathBuf },
     #[error("tensor `{name}` in {} is not part of the model that config.json describes", path.display())]
     ExtraTensor { name: String, path: PathBuf },
-    #[error("tensor `{name}` has shape {found:?}; config.json implies {expected:?}")]
-    Shape { name: String, found: Vec<usize>, expected: Vec<usize> },
-    #[error("tensor `{name}` is {dtype}; f32, f16 and bf16 are supported")]
-    Dtype { name: String, dtype: String },
+    #[error("tensor `{name}` in {} has shape {found:?}; config.json implies {expected:?}", path.display())]
+    Shape { name: String, path: PathBuf, found: Vec<usize>, expected: Vec<usize> },
+    #[error("tensor `{name}` in {} is {dtype}; f32, f16 and bf16 are supported", path.display())]
+    Dtype { name: String, path: PathBuf, dtype: String },
 }
 
 /// An open checkpoint directory. Dropping it unmaps the files.
@@ -73,6 +73,7 @@ struct Entry {
 #[derive(Clone, Copy)]
 pub struct Tensor<'a> {
     pub name: &'a str,
+    path: &'a Path,
     pub shape: &'a [usize],
     dtype: Dtype,
     bytes: &'a [u8],
@@ -109,8 +110,9 @@ impl Checkpoint {
             .tensors
             .get_key_value(name)
             .ok_or_else(|| LoadError::MissingTensor { name: name.to_owned(), dir: self.dir.clone() })?;
-        let bytes = &self.files[entry.file].map[entry.bytes.clone()];
-        Ok(Tensor { name, shape: &entry.shape, dtype: entry.dtype, bytes })
+        let file = &self.files[entry.file];
+        let bytes = &file.map[entry.bytes.clone()];
+        Ok(Tensor { name, path: &file.path, shape: &entry.shape, dtype: entry.dtype, bytes })
     }
 
     /// The tensor, if it has exactly this shape.
@@ -121,6 +123,7 @@ impl Checkpoint {
         }
         Err(LoadError::Shape {
             name: name.to_owned(),
+            path: tensor.path.to_owned(),
             found: tensor.shape.to_vec(),
             expected: expected.to_vec(),
         })
@@ -222,6 +225,7 @@ impl Tensor<'_> {
             Dtype::F32 | Dtype::F16 | Dtype::BF16 => Ok(self),
             other => Err(LoadError::Dtype {
                 name: self.name.to_owned(),
+                path: self.path.to_owned(),
                 dtype: format!("{other:?}").to_lowercase(),
             }),
         }
