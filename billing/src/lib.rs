@@ -57,6 +57,7 @@ pub use price::{
     Line, Meter, ModelPrices, Price, PriceBook, PriceBookError, PriceBookHash, PriceError, cost,
 };
 use sqlx::SqlitePool;
+use time::OffsetDateTime;
 use tokio::{
     sync::{mpsc, oneshot},
     task::JoinHandle,
@@ -341,6 +342,11 @@ impl Billing {
     /// See [`Books::usage`].
     pub async fn usage(&self, query: &UsageQuery) -> Result<Vec<UsageRow>, BillingError> {
         self.books().usage(query).await
+    }
+
+    /// The book that prices a request admitted at this moment.
+    pub fn price_book_in_force(&self, at: OffsetDateTime) -> Option<PriceBookHash> {
+        self.shared.catalog.load().in_force(at).map(|book| book.hash().clone())
     }
 
     /// Stores a price book. Requests admitted from now on may be priced by it; those admitted before are not touched.

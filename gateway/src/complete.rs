@@ -24,7 +24,7 @@ use crate::{
     error::{ApiError, Fault, RETRY_AFTER},
     node_client::NodeClient,
     relay,
-    request::{CompletionRequest, Prompt},
+    request::{CompletionRequest, Prompt, Temperature, TopP},
 };
 
 /// What a request costs a node, for routing, beyond its prompt: nobody knows how long an answer will be.
@@ -229,20 +229,22 @@ async fn admit(
         })
         .await?;
     let sampling = request.sampling;
+    let defaults = model.sampling_defaults.unwrap_or_default();
     let start = Start {
         request_id: caller.request_id.to_string(),
         model: model.name.clone(),
         prompt_ids,
         output_tokens_max: u32::try_from(output_tokens_max).expect("it fits the context, which is a u32"),
         sampling: Some(sluice_proto::node::v1::Sampling {
-            temperature: sampling.temperature.get(),
-            top_p: sampling.top_p.get(),
-            top_k: sampling.top_k,
+            temperature: sampling.temperature.map_or(defaults.temperature.unwrap_or(1.0), Temperature::get),
+            top_p: sampling.top_p.map_or(defaults.top_p.unwrap_or(1.0), TopP::get),
+            top_k: sampling.top_k.or(defaults.top_k).unwrap_or(0),
             // The second half of a UUIDv7 is random. Every attempt has the same, so another node gives the same tokens.
             seed: sampling.seed.unwrap_or(caller.request_id.as_u64_pair().1),
         }),
         stop_strings: request.stop.as_slice().to_vec(),
-        tenant: principal.account_id.clone(),
+        // Each key is a flow of its own: one that floods the node does not hold up its siblings.
+        tenant: format!("{}/{}", principal.account_id, principal.key_id),
         ..Start::default()
     };
     Ok(Some(Admitted { hold, start, tokens: input_tokens + output_tokens_max.min(OUTPUT_TOKENS_EXPECTED) }))

@@ -74,7 +74,9 @@ pub enum ApiError {
     BodyTooLarge { bytes_max: usize },
     #[error("the content type must be application/json, but is '{content_type}'")]
     MediaType { content_type: String },
-    #[error("the account has no credit left; add credit, then try again")]
+    #[error(
+        "the account's credit does not cover this request beside those in flight; add credit, then try again"
+    )]
     InsufficientQuota,
     #[error("the client read too slowly; generation was ended")]
     ClientTooSlow,

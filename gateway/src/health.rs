@@ -54,8 +54,6 @@ fn reflection() -> Reflection<'static> {
         .with_service_name(chat::SERVICE_NAME)
         .with_service_name(model::SERVICE_NAME)
         .with_service_name("grpc.health.v1.Health")
-        .with_service_name("grpc.reflection.v1.ServerReflection")
-        .with_service_name("grpc.reflection.v1alpha.ServerReflection")
 }
 
 fn state(app: &App) -> &'static str {

@@ -1,6 +1,8 @@
 //! `sluice`: the front door of an LLM platform.
 #![forbid(unsafe_code)]
 
+use std::io::Write;
+
 use clap::Parser;
 
 #[tokio::main]
@@ -9,7 +11,8 @@ async fn main() -> std::process::ExitCode {
     match cli.run().await {
         Ok(()) => std::process::ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            // Nobody may be reading.
+            let _ = writeln!(std::io::stderr(), "error: {error:#}");
             std::process::ExitCode::FAILURE
         }
     }

@@ -23,6 +23,8 @@ use prometheus::{Registry, TextEncoder};
 use sluice_billing::{Billing, BillingStats};
 use tokio::sync::Semaphore;
 
+use sluice_proto::node::v1::Usage as Counted;
+
 use crate::{complete::Usage, node_client::Seen, route::Nodes};
 
 /// Seconds; from a cached prompt on a fast node to a long one in a queue.
@@ -38,6 +40,7 @@ pub struct Metrics {
     requests: Counter<u64>,
     completions: Counter<u64>,
     tokens: Counter<u64>,
+    wasted: Counter<u64>,
     time_to_first_token: Histogram<f64>,
     time_between_tokens: Histogram<f64>,
     /// Owns the reader; without it nothing is collected.
@@ -71,6 +74,10 @@ impl Metrics {
                 .with_description("Completions ended")
                 .build(),
             tokens: meter.u64_counter("sluice_tokens").with_description("Tokens billed").build(),
+            wasted: meter
+                .u64_counter("sluice_wasted_tokens")
+                .with_description("Tokens computed that nobody is billed for: whole answers that failed")
+                .build(),
             time_to_first_token: meter
                 .f64_histogram("sluice_time_to_first_token_seconds")
                 .with_description("From receiving a request to its first token")
@@ -116,6 +123,18 @@ impl Metrics {
         ];
         for (class, count) in classes {
             self.tokens.add(count, &[of_model(model), KeyValue::new("class", class)]);
+        }
+    }
+
+    /// Tokens that a node computed and nobody pays for.
+    pub fn wasted(&self, model: &str, counted: &Counted) {
+        let classes = [
+            ("input", counted.input_tokens),
+            ("cached_input", counted.cached_input_tokens),
+            ("output", counted.output_tokens),
+        ];
+        for (class, count) in classes.into_iter().filter(|(_, count)| *count > 0) {
+            self.wasted.add(count, &[of_model(model), KeyValue::new("class", class)]);
         }
     }
 

@@ -133,16 +133,25 @@ impl Relay<'_> {
         let start = Start { grant: Some(self.granted), ..self.start.clone() };
         let silence_max = Duration::from_millis(self.limits().node_silence_ms_max);
         let client = self.client;
-        let mut sequence = tokio::select! {
+        let opening = timeout(silence_max, node.generate(start));
+        tokio::pin!(opening);
+        let ended = tokio::select! {
             biased;
-            () = client.events.closed() => return Ok(Ended::Gone),
-            error = client.interrupted() => return Ok(Ended::ByUs(error)),
-            opened = timeout(silence_max, node.generate(start)) => {
-                opened.map_err(|_| Status::unavailable("the node did not take the request in time"))??
+            () = client.events.closed() => Ended::Gone,
+            error = client.interrupted() => Ended::ByUs(error),
+            opened = &mut opening => {
+                let late = |_| Status::unavailable("the node did not take the request in time");
+                let mut sequence = opened.map_err(late)??;
+                let ended = self.follow(&mut sequence).await?;
+                if matches!(ended, Ended::Gone | Ended::ByUs(_)) {
+                    self.stop(&mut sequence).await;
+                }
+                return Ok(ended);
             }
         };
-        let ended = self.follow(&mut sequence).await?;
-        if matches!(ended, Ended::Gone | Ended::ByUs(_)) {
+        // The request is on its way: the node may compute some of it before it can be told to stop.
+        let wait = Duration::from_millis(self.limits().cancel_wait_ms_max);
+        if let Ok(Ok(Ok(mut sequence))) = timeout(wait, opening).await {
             self.stop(&mut sequence).await;
         }
         Ok(ended)
@@ -298,6 +307,7 @@ impl Relay<'_> {
     }
 
     async fn void(self, cause: VoidCause) {
+        self.app.metrics.wasted(&self.start.model, &self.counted);
         self.purse.into_hold().await.void(cause).await;
     }
 

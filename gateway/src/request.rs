@@ -69,10 +69,12 @@ impl Prompt {
 /// How tokens are drawn.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Sampling {
-    pub temperature: Temperature,
-    pub top_p: TopP,
-    /// 0: no limit.
-    pub top_k: u32,
+    /// Absent: the model's default.
+    pub temperature: Option<Temperature>,
+    /// Absent: the model's default.
+    pub top_p: Option<TopP>,
+    /// 0: no limit. Absent: the model's default.
+    pub top_k: Option<u32>,
     /// Absent: the gateway draws one.
     pub seed: Option<u64>,
 }

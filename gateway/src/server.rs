@@ -72,7 +72,12 @@ pub async fn serve(
         let service = TowerToHyperService::new(router.clone());
         let watcher = graceful.watcher();
         let builder = builder.clone();
+        let first_byte_max = Duration::from_millis(limits.header_read_timeout_ms);
         tokio::spawn(async move {
+            // Telling HTTP/1 from HTTP/2 has no timeout of its own: whoever says nothing is let go here.
+            if tokio::time::timeout(first_byte_max, stream.readable()).await.is_err() {
+                return;
+            }
             let connection = builder.serve_connection(TokioIo::new(stream), service);
             if let Err(error) = watcher.watch(connection).await {
                 debug!(%error, "connection ended");

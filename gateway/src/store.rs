@@ -43,6 +43,10 @@ pub async fn open(path: &Path, create: bool) -> Result<SqlitePool, StoreError> {
         .busy_timeout(BUSY_TIMEOUT)
         .foreign_keys(true);
     let name = path.display().to_string();
+    if create {
+        create_private(path)
+            .map_err(|source| StoreError::Open { path: name.clone(), source: source.into() })?;
+    }
     let pool = SqlitePoolOptions::new()
         .max_connections(CONNECTIONS_MAX)
         .connect_with(options)
@@ -50,6 +54,19 @@ pub async fn open(path: &Path, create: bool) -> Result<SqlitePool, StoreError> {
         .map_err(|source| StoreError::Open { path: name.clone(), source })?;
     migrations().run(&pool).await.map_err(|source| StoreError::Migrate { path: name, source })?;
     Ok(pool)
+}
+
+/// Creates the file, its owner's alone, unless it exists. SQLite gives its journals the mode of the database.
+pub fn create_private(path: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::OpenOptionsExt;
+    std::fs::File::options().create(true).truncate(false).write(true).mode(0o600).open(path).map(drop)
+}
+
+/// Moves everything into the database file itself, so that a copy of it alone is whole.
+pub async fn close(database: SqlitePool) -> Result<(), sqlx::Error> {
+    let folded = sqlx::query("PRAGMA wal_checkpoint(TRUNCATE)").execute(&database).await.map(drop);
+    database.close().await;
+    folded
 }
 
 fn migrations() -> Migrator {

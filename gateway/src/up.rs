@@ -40,6 +40,8 @@ pub async fn run(config: Config, json: bool) -> anyhow::Result<()> {
     let address = listener.local_addr()?;
 
     let database = store::open(&config.database_path(), true).await?;
+    store::create_private(&config.outbox_path())
+        .with_context(|| format!("cannot create {}", config.outbox_path().display()))?;
     let billing = Billing::open(BillingOptions {
         database: database.clone(),
         outbox_path: config.outbox_path(),
@@ -53,7 +55,7 @@ pub async fn run(config: Config, json: bool) -> anyhow::Result<()> {
     let models = fleet.nodes.models().into_iter().map(|model| model.name).collect::<Vec<_>>();
     prices::ensure(&billing, &config.data_dir.join("prices.toml"), &models).await?;
     let app = Arc::new(App {
-        auth: Auth::new(database),
+        auth: Auth::new(database.clone()),
         billing: billing.clone(),
         nodes: fleet.nodes.clone(),
         limits: config.limits.clone(),
@@ -92,6 +94,9 @@ pub async fn run(config: Config, json: bool) -> anyhow::Result<()> {
     }
     billing.close().await?;
     fleet.stop().await;
+    if let Err(error) = store::close(database).await {
+        warn!(%error, "the database's write-ahead log stays beside it; keep both files together");
+    }
     info!("stopped");
     Ok(())
 }
@@ -138,8 +143,7 @@ fn lock_data_dir(config: &Config) -> anyhow::Result<File> {
     let advice = || {
         format!("cannot use the data folder {}: name a writable one with --data-dir DIR", folder.display())
     };
-    std::fs::create_dir_all(folder).with_context(advice)?;
-    restrict(folder).with_context(advice)?;
+    create_private(folder).with_context(advice)?;
     let path = folder.join("sluice.lock");
     let lock = File::options().create(true).truncate(false).write(true).open(&path).with_context(advice)?;
     match lock.try_lock() {
@@ -154,16 +158,16 @@ fn lock_data_dir(config: &Config) -> anyhow::Result<File> {
     }
 }
 
-/// The folder holds the ledger and the first keys: its owner alone may read it.
-#[cfg(unix)]
-fn restrict(folder: &std::path::Path) -> std::io::Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o700))
-}
-
-#[cfg(not(unix))]
-fn restrict(_: &std::path::Path) -> std::io::Result<()> {
-    Ok(())
+/// The folder holds the ledger: a new one is its owner's alone. One that exists keeps the mode its owner gave it.
+fn create_private(folder: &std::path::Path) -> std::io::Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    if let Some(parent) = folder.parent() {
+        std::fs::create_dir_all(parent)?;
+    }
+    match std::fs::DirBuilder::new().mode(0o700).create(folder) {
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists && folder.is_dir() => Ok(()),
+        created => created,
+    }
 }
 
 async fn bind(listen: &str) -> anyhow::Result<TcpListener> {
@@ -226,6 +230,11 @@ fn welcome(
         });
         writeln!(stdout, "{ready}")?;
         return Ok(stdout.flush()?);
+    }
+    if models.is_empty() {
+        warn!(
+            "no node is reachable yet: requests get 503 until one is, and a model that was never served here needs prices in prices.toml"
+        );
     }
     let model = models.first().map_or("MODEL", String::as_str);
     let key = &credentials.api_key;

@@ -324,9 +324,11 @@ impl Engine {
             return Err(Refusal::TooLarge { tokens });
         }
         let (tenant, priority) = (submission.tenant.clone(), submission.priority);
+        // Whoever hung up while waiting at the door costs nobody a step.
+        let cancelled = outlet.mailbox().is_cancelled().then_some(Ending::Cancelled);
         let (sequence, ended) = Sequence::new(submission, &self.end_of_sequence, outlet, &self.tokenizer);
-        if let Some(ending) = ended {
-            // Its text was sent by the node that generated it.
+        if let Some(ending) = ended.or(cancelled) {
+            // What text there is was sent by the node that generated it.
             sequence.end_silently(ending);
             return Ok(());
         }

@@ -109,6 +109,9 @@ impl NodeOptions {
             if value == 0 {
                 return refuse(field, "must be at least 1".to_owned());
             }
+            if field == "threads" && value > THREADS_MAX {
+                return refuse(field, format!("must be at most {THREADS_MAX}"));
+            }
         }
         if self.step_tokens_max <= self.slots {
             let reason =
@@ -159,6 +162,9 @@ pub enum StartError {
     Thread(io::Error),
 }
 
+/// Threads beyond this are a typing error.
+const THREADS_MAX: usize = 1024;
+
 /// A running node. Dropped, its engine stops once the last sequence has ended.
 pub struct Node {
     service: Service,
@@ -175,11 +181,13 @@ impl Node {
         let config = model.config();
         let tokenizer = Arc::new(Tokenizer::load(dir, config.vocab_size)?);
         let template = ChatTemplate::load(dir, &tokenizer)?;
-        let end_of_sequence = match generation_config_end_of_sequence(dir)? {
+        let generation = GenerationConfig::load(dir, config.vocab_size)?;
+        let end_of_sequence = match generation.end_of_sequence {
             ids if ids.is_empty() => config.eos_token_ids.clone(),
             ids => ids,
         };
-        let description = describe(&model, &options);
+        let mut description = describe(&model, &options);
+        description.sampling_defaults = Some(generation.sampling);
         let limits = EngineLimits {
             threads: options.threads,
             slots: options.slots,
@@ -287,6 +295,7 @@ fn describe(model: &Model, options: &NodeOptions) -> proto::ModelDescription {
         state_bytes_per_sequence: model.state_bytes_per_sequence(),
         cache_bytes_per_token: model.cache_bytes_per_token(),
         created_s: modified_s(&dir.join("config.json")),
+        sampling_defaults: None,
     }
 }
 
@@ -296,33 +305,56 @@ fn modified_s(path: &Path) -> i64 {
     since_epoch.and_then(|age| i64::try_from(age.as_secs()).ok()).unwrap_or(0)
 }
 
-/// `eos_token_id` of generation_config.json, an id or a list; empty if there is none.
-fn generation_config_end_of_sequence(dir: &Path) -> Result<Vec<u32>, StartError> {
-    #[derive(serde::Deserialize)]
-    struct GenerationConfig {
-        eos_token_id: Option<OneOrMany>,
+/// What generation_config.json says, if there is one.
+#[derive(Default)]
+struct GenerationConfig {
+    end_of_sequence: Vec<u32>,
+    sampling: proto::SamplingDefaults,
+}
+
+impl GenerationConfig {
+    fn load(dir: &Path, vocab_size: usize) -> Result<GenerationConfig, StartError> {
+        #[derive(serde::Deserialize)]
+        struct File {
+            eos_token_id: Option<OneOrMany>,
+            temperature: Option<f32>,
+            top_p: Option<f32>,
+            top_k: Option<u32>,
+        }
+        #[derive(serde::Deserialize)]
+        #[serde(untagged)]
+        enum OneOrMany {
+            One(u32),
+            Many(Vec<u32>),
+        }
+        let path = dir.join("generation_config.json");
+        let refuse = |reason: String| StartError::GenerationConfig { path: path.clone(), reason };
+        let bytes = match std::fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(GenerationConfig::default()),
+            Err(error) => return Err(refuse(error.to_string())),
+        };
+        let file: File = serde_json::from_slice(&bytes).map_err(|error| {
+            refuse(format!("eos_token_id must be a token id or a list of them, temperature, top_p and top_k numbers: {error}"))
+        })?;
+        let end_of_sequence = match file.eos_token_id {
+            None => Vec::new(),
+            Some(OneOrMany::One(id)) => vec![id],
+            Some(OneOrMany::Many(ids)) => ids,
+        };
+        if let Some(id) = end_of_sequence.iter().find(|&&id| id as usize >= vocab_size) {
+            return Err(refuse(format!("eos_token_id: {id} is not in the vocabulary of {vocab_size}")));
+        }
+        if file.temperature.is_some_and(|temperature| !(0.0..=2.0).contains(&temperature)) {
+            return Err(refuse("temperature must be between 0 and 2".to_owned()));
+        }
+        if file.top_p.is_some_and(|top_p| !(top_p > 0.0 && top_p <= 1.0)) {
+            return Err(refuse("top_p must be over 0 and at most 1".to_owned()));
+        }
+        let sampling =
+            proto::SamplingDefaults { temperature: file.temperature, top_p: file.top_p, top_k: file.top_k };
+        Ok(GenerationConfig { end_of_sequence, sampling })
     }
-    #[derive(serde::Deserialize)]
-    #[serde(untagged)]
-    enum OneOrMany {
-        One(u32),
-        Many(Vec<u32>),
-    }
-    let path = dir.join("generation_config.json");
-    let bytes = match std::fs::read(&path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(StartError::GenerationConfig { path, reason: error.to_string() }),
-    };
-    let config: GenerationConfig = serde_json::from_slice(&bytes).map_err(|error| {
-        let reason = format!("eos_token_id must be a token id or a list of them: {error}");
-        StartError::GenerationConfig { path, reason }
-    })?;
-    Ok(match config.eos_token_id {
-        None => Vec::new(),
-        Some(OneOrMany::One(id)) => vec![id],
-        Some(OneOrMany::Many(ids)) => ids,
-    })
 }
 
 #[cfg(test)]

@@ -73,7 +73,11 @@ async fn create(
     json: bool,
 ) -> anyhow::Result<()> {
     let name = name.trim();
-    anyhow::ensure!((1..=200).contains(&name.len()), "--name takes 1 to 200 characters");
+    let printable = !name.chars().any(char::is_control);
+    anyhow::ensure!(
+        printable && (1..=200).contains(&name.len()),
+        "--name takes 1 to 200 bytes of printable text"
+    );
     let (_, database) = config.database().await?;
     let role = match role {
         RoleArg::User => Role::User,

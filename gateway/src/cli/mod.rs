@@ -4,7 +4,10 @@
 mod keys;
 mod money;
 
-use std::{io::IsTerminal, path::PathBuf};
+use std::{
+    io::{IsTerminal, Write},
+    path::PathBuf,
+};
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
@@ -162,12 +165,14 @@ fn start_logging(filter: &str) -> anyhow::Result<()> {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
+        // It would report a log that cannot be written with a panic.
+        .log_internal_errors(false)
         .init();
     Ok(())
 }
 
 fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
-    println!("{}", serde_json::to_string(value)?);
+    writeln!(std::io::stdout(), "{}", serde_json::to_string(value)?)?;
     Ok(())
 }
 

@@ -188,9 +188,9 @@ fn parse(parameters: &ChatParameters) -> Result<CompletionRequest, ApiError> {
         prompt: Prompt::Chat(check("messages", Messages::new(messages))?),
         output_tokens_max: limit,
         sampling: Sampling {
-            temperature: check("temperature", temperature)?.unwrap_or_default(),
-            top_p: check("top_p", top_p)?.unwrap_or_default(),
-            top_k: parameters.top_k.unwrap_or(0),
+            temperature: check("temperature", temperature)?,
+            top_p: check("top_p", top_p)?,
+            top_k: parameters.top_k,
             seed: parameters.seed,
         },
         stop: check("stop", StopStrings::new(parameters.stop.clone()))?,

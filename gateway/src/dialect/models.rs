@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::{
     Json,
-    extract::{Path, State},
+    extract::{Path, State, rejection::PathRejection},
 };
 use serde_json::{Value, json};
 use sluice_proto::node::v1::ModelDescription;
@@ -17,7 +17,12 @@ pub async fn list(State(app): State<Arc<App>>) -> Json<Value> {
 }
 
 /// A model's name may hold slashes, as names of organisations and repositories do.
-pub async fn get(State(app): State<Arc<App>>, Path(name): Path<String>) -> Result<Json<Value>, ApiError> {
+pub async fn get(
+    State(app): State<Arc<App>>,
+    name: Result<Path<String>, PathRejection>,
+) -> Result<Json<Value>, ApiError> {
+    // A name that is not UTF-8 once decoded is no model's.
+    let Ok(Path(name)) = name else { return Err(ApiError::ModelNotFound { model: "\u{fffd}".to_owned() }) };
     let models = app.nodes.models();
     let model = models.iter().find(|model| model.name == name);
     model.map(|model| Json(body(model))).ok_or(ApiError::ModelNotFound { model: name })

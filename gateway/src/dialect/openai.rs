@@ -38,9 +38,9 @@ pub fn sampling(body: &Fields<'_>) -> Result<Sampling, ApiError> {
     let top_p = body.number("top_p")?.map(TopP::new).transpose();
     let top_k = body.integer("top_k")?.map(request::top_k).transpose();
     Ok(Sampling {
-        temperature: body.check("temperature", temperature)?.unwrap_or_default(),
-        top_p: body.check("top_p", top_p)?.unwrap_or_default(),
-        top_k: body.check("top_k", top_k)?.unwrap_or_default(),
+        temperature: body.check("temperature", temperature)?,
+        top_p: body.check("top_p", top_p)?,
+        top_k: body.check("top_k", top_k)?,
         // Any integer is a seed: negative ones by their bits.
         seed: match body.get("seed").and_then(Value::as_u64) {
             Some(seed) => Some(seed),

@@ -5,6 +5,7 @@ use std::{fmt::Write, fs, path::Path};
 
 use anyhow::Context;
 use sluice_billing::{Billing, PriceBook};
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tracing::warn;
 
 const HEADER: &str = "\
@@ -49,7 +50,16 @@ pub async fn ensure(billing: &Billing, path: &Path, models: &[String]) -> anyhow
             .and_then(|()| fs::rename(&partial, path))
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
-    billing.apply_price_book(&book).await.with_context(|| format!("cannot apply {}", path.display()))?;
+    let applied =
+        billing.apply_price_book(&book).await.with_context(|| format!("cannot apply {}", path.display()))?;
+    let now = OffsetDateTime::now_utc();
+    anyhow::ensure!(
+        billing.price_book_in_force(now).as_ref() == Some(&applied),
+        "the prices of {} are not in force: its effective_from is in the future, or a book with other prices was \
+         applied after it; set effective_from to {}",
+        path.display(),
+        now.replace_nanosecond(0).expect("0 is a nanosecond").format(&Rfc3339)?
+    );
     Ok(())
 }
 

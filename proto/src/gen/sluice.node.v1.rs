@@ -11,7 +11,7 @@ pub struct DescribeResponse {
     #[prost(message, repeated, tag = "3")]
     pub models: ::prost::alloc::vec::Vec<ModelDescription>,
 }
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ModelDescription {
     #[prost(string, tag = "1")]
     pub name: ::prost::alloc::string::String,
@@ -40,6 +40,18 @@ pub struct ModelDescription {
     /// When the checkpoint was made, seconds since the Unix epoch.
     #[prost(int64, tag = "11")]
     pub created_s: i64,
+    /// How its makers sample from it (generation_config.json): for what a request leaves open.
+    #[prost(message, optional, tag = "12")]
+    pub sampling_defaults: ::core::option::Option<SamplingDefaults>,
+}
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+pub struct SamplingDefaults {
+    #[prost(float, optional, tag = "1")]
+    pub temperature: ::core::option::Option<f32>,
+    #[prost(float, optional, tag = "2")]
+    pub top_p: ::core::option::Option<f32>,
+    #[prost(uint32, optional, tag = "3")]
+    pub top_k: ::core::option::Option<u32>,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetLoadRequest {}

@@ -52,13 +52,13 @@ pub struct ChatParameters {
     /// Absent: what the context and the account allow.
     #[prost(uint32, optional, tag = "3")]
     pub output_tokens_max: ::core::option::Option<u32>,
-    /// 0 to 2; absent: 1.
+    /// 0 to 2; absent: the model's own default, else 1.
     #[prost(float, optional, tag = "4")]
     pub temperature: ::core::option::Option<f32>,
-    /// Over 0, at most 1; absent: 1.
+    /// Over 0, at most 1; absent: the model's own default, else 1.
     #[prost(float, optional, tag = "5")]
     pub top_p: ::core::option::Option<f32>,
-    /// 0 or absent: no limit.
+    /// 0: no limit; absent: the model's own default, else no limit.
     #[prost(uint32, optional, tag = "6")]
     pub top_k: ::core::option::Option<u32>,
     /// The same seed, prompt and parameters give the same tokens on one kind of kernel.

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use futures::future::join_all;
 use sluice_tests::{
-    Cluster, ClusterOptions, Signal, bundled_model, copy_of, eventually, random_model, run_to_end,
+    Cluster, ClusterOptions, Process, Signal, bundled_model, copy_of, eventually, random_model, run_to_end,
 };
 
 async fn endless() -> Cluster {
@@ -31,6 +31,51 @@ async fn a_second_start_keeps_everything() {
     assert_eq!(again.content(), answer.content());
     cluster.settled().await;
     assert_eq!(cluster.usage(&[]).await.requests, 2);
+    cluster.finish().await;
+}
+
+/// A full disk under the log, or a log nobody reads, loses the log and nothing else.
+#[tokio::test]
+async fn a_log_that_cannot_be_written_stops_nothing() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let data_dir = folder.path().join("data").display().to_string();
+    let args = ["up", "--data-dir", &data_dir, "--listen", "127.0.0.1:0", "--json"];
+    let mut process = Process::spawn("sluice", args, Path::new("/dev/full"));
+    let ready = process.announcement().await;
+    let field = |name: &str| ready[name].as_str().expect("announced").to_owned();
+    let body = serde_json::json!({
+        "model": "sluice-demo", "max_tokens": 2, "messages": [{ "role": "user", "content": "Hello!" }],
+    });
+    let url = format!("{}/chat/completions", field("base_url"));
+    let request = reqwest::Client::new().post(url).bearer_auth(field("api_key")).json(&body);
+    let reply = request.send().await.expect("an answer");
+    assert_eq!(reply.status(), 200);
+    process.signal(Signal::Terminate);
+    let (status, _) = process.exit().await;
+    assert!(status.success(), "a drain exits with 0, not {status}");
+}
+
+/// Prices go back by a new book, not by an old file: what is in the file and what bills are priced by never differ.
+#[tokio::test]
+async fn a_price_file_that_is_not_in_force_is_refused() {
+    let mut cluster = Cluster::start().await;
+    let (data_dir, path) = (cluster.data_dir(), cluster.data_dir().join("prices.toml"));
+    let first = std::fs::read_to_string(&path).expect("prices");
+    cluster.stop(Signal::Terminate).await;
+    let dearer = first.replace("\"2.20\"", "\"22.0\"");
+    assert_ne!(dearer, first);
+    std::fs::write(&path, &dearer).expect("write");
+    cluster.restart().await;
+    cluster.stop(Signal::Terminate).await;
+
+    let data_dir = data_dir.display().to_string();
+    let args = ["--data-dir", &data_dir, "--listen", "127.0.0.1:0"];
+    for not_in_force in [first, dearer.replace("2026-01-01", "2999-01-01")] {
+        std::fs::write(&path, not_in_force).expect("write");
+        check_refusal("prices that are not in force", &args, &["prices.toml", "effective_from"]).await;
+    }
+    std::fs::write(&path, &dearer).expect("write");
+    cluster.restart().await;
     cluster.finish().await;
 }
 

@@ -86,6 +86,33 @@ async fn a_hang_up_before_a_whole_answer_stops_the_engine() {
     cluster.finish().await;
 }
 
+/// The engine may have begun before it can be told to stop. Then that is billed, and what never began is not.
+#[tokio::test]
+async fn clients_that_leave_at_once_pay_for_what_was_computed() {
+    let cluster = endless().await;
+    let (usage, odometer) = (cluster.usage(&[]).await, cluster.metrics().await);
+    for number in 0..60 {
+        let patience = std::time::Duration::from_micros(150 * number);
+        let mut body = question(&cluster);
+        body["stream"] = json!(number % 2 == 0);
+        let _ = tokio::time::timeout(patience, cluster.chat(&body)).await;
+    }
+    sluice_tests::eventually("what was computed is billed", async || {
+        let (now, billed) = (cluster.metrics().await, cluster.usage(&[]).await);
+        let computed = (
+            now.node_prompt_tokens() - odometer.node_prompt_tokens(),
+            now.node_output_tokens() - odometer.node_output_tokens(),
+        );
+        let billed = (billed.input_tokens - usage.input_tokens, billed.output_tokens - usage.output_tokens);
+        match now.holds_open() == 0 && computed == billed {
+            true => Ok(()),
+            false => Err(format!("computed {computed:?}, billed {billed:?}")),
+        }
+    })
+    .await;
+    cluster.finish().await;
+}
+
 #[tokio::test]
 async fn forty_clients_leave_at_different_moments() {
     let cluster = endless().await;
