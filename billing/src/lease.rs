@@ -345,18 +345,16 @@ pub(crate) async fn renew(
 }
 
 /// At start, in one transaction: gives back what this holder had leased before it ended (its outbox is shipped by now),
-/// what this gateway leased under an outbox that is lost, and every lease that expired before `now_s`.
+/// and every lease that expired before `now_s`.
 pub(crate) async fn recover(
     conn: &mut SqliteConnection,
-    epoch: &str,
-    gateway: &str,
+    holder: &str,
     now_s: i64,
 ) -> Result<(), BillingError> {
     let ended: Vec<(String, String, i64)> = sqlx::query_as(
-        "SELECT holder, account, amount_pico FROM leases WHERE holder = ? OR gateway = ? OR expires_at_s < ?",
+        "SELECT holder, account, amount_pico FROM leases WHERE holder = ? OR expires_at_s < ?",
     )
-    .bind(epoch)
-    .bind(gateway)
+    .bind(holder)
     .bind(now_s)
     .fetch_all(&mut *conn)
     .await?;

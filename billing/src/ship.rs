@@ -118,7 +118,7 @@ impl Shipper {
         while self.ship_next().await?.is_some() {}
         let mut tx = self.database.begin_with("BEGIN IMMEDIATE").await?;
         for epoch in replaced_epoch.into_iter().chain([self.holder.epoch.as_str()]) {
-            lease::recover(&mut tx, epoch, &self.holder.gateway, self.clock.now_s()).await?;
+            lease::recover(&mut tx, epoch, self.clock.now_s()).await?;
         }
         Ok(tx.commit().await?)
     }

@@ -71,7 +71,7 @@ impl Process {
     pub async fn exit(&mut self) -> (ExitStatus, Vec<String>) {
         let status = eventually(&format!("{} ends", self.name), async || {
             let ended = self.child.try_wait().expect("a child can be asked");
-            ended.ok_or_else(|| std::fs::read_to_string(&self.log).unwrap_or_default())
+            ended.ok_or_else(|| self.log.display().to_string())
         })
         .await;
         let mut lines = Vec::new();
@@ -83,6 +83,10 @@ impl Process {
 
     /// Everything it has written to stderr, by this and earlier processes with the same log.
     pub fn log(&self) -> String {
+        // A device such as /dev/full has no end to read to.
+        if !self.log.is_file() {
+            return format!("(nothing to read at {})", self.log.display());
+        }
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 }
