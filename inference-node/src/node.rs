@@ -14,6 +14,7 @@
 
 use crate::chat_template::{ChatTemplate, TemplateError};
 use crate::engine::{self, EngineHandle, EngineLimits};
+use crate::kernel::Dtype;
 use crate::model::{LoadOptions, Model};
 use crate::service::{Service, ServiceLimits};
 use crate::tokenizer::{Tokenizer, TokenizerError};
@@ -40,6 +41,10 @@ pub struct NodeOptions {
     /// Name that requests use for the model [default: the directory's name]
     #[arg(long, value_name = "NAME", help_heading = None)]
     pub model_name: Option<String>,
+
+    /// What weights are stored and multiplied as [default: bf16 where the checkpoint is bf16, else f32]
+    #[arg(long, value_enum, value_name = "DTYPE", help_heading = None)]
+    pub dtype: Option<Dtype>,
 
     /// Threads that compute
     #[arg(long, value_name = "N", default_value_t = available_threads())]
@@ -88,6 +93,7 @@ impl NodeOptions {
         NodeOptions {
             model_dir: model_dir.into(),
             model_name: None,
+            dtype: None,
             threads: available_threads(),
             slots: DEFAULT_SLOTS,
             waiting_max: DEFAULT_WAITING_MAX,
@@ -177,7 +183,8 @@ impl Node {
         options.check()?;
         let dir = &options.model_dir;
         let started_at = Instant::now();
-        let model = Arc::new(Model::load(dir, &LoadOptions { threads: options.threads })?);
+        let model =
+            Arc::new(Model::load(dir, &LoadOptions { threads: options.threads, dtype: options.dtype })?);
         let config = model.config();
         let tokenizer = Arc::new(Tokenizer::load(dir, config.vocab_size)?);
         let template = ChatTemplate::load(dir, &tokenizer)?;
@@ -289,7 +296,7 @@ fn describe(model: &Model, options: &NodeOptions) -> proto::ModelDescription {
         context_tokens_max: u32::try_from(config.context_tokens_max).unwrap_or(u32::MAX),
         vocabulary_size: u32::try_from(config.vocab_size).unwrap_or(u32::MAX),
         kernel: model.kernel_name().to_owned(),
-        weights_dtype: model.weights_dtype().to_owned(),
+        weights_dtype: model.dtype().name().to_owned(),
         parameters: model.parameters(),
         active_parameters: model.active_parameters(),
         state_bytes_per_sequence: model.state_bytes_per_sequence(),

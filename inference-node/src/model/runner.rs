@@ -80,11 +80,6 @@ impl Runner {
         &self.model
     }
 
-    /// Kind of arithmetic: results are bit-identical between runners of one name.
-    pub fn kernel_name(&self) -> &'static str {
-        self.kernel.name()
-    }
-
     /// Advances every span's sequence by its tokens. Returns `[rows, vocab]` logits in span order: no row, the last, or one a token,
     /// as each span asked.
     pub fn forward(&mut self, cache: &mut StateCache, spans: &[Span<'_>]) -> &[f32] {
@@ -377,7 +372,8 @@ mod tests {
     #[test]
     fn both_kernels_compute_one_model() {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/text-01-shared");
-        let model = Arc::new(Model::load(&dir, &LoadOptions { threads: 1 }).expect("a golden loads"));
+        let model =
+            Arc::new(Model::load(&dir, &LoadOptions { threads: 1, dtype: None }).expect("a golden loads"));
         let ids: Vec<u32> = (0..70).map(|i| i * 7 % model.config().vocab_size as u32).collect();
         let run = |kernel: Box<dyn Kernel>| {
             let mut cache = StateCache::new(model.config(), CacheLimits { slots: 1, tokens: ids.len() });

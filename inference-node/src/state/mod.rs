@@ -65,7 +65,7 @@ pub(crate) struct Sequence {
 }
 
 /// A lightning layer's memory. All heads, head-major.
-pub(crate) struct LightningState {
+pub struct LightningState {
     /// `[heads, d_k, d_v]` f32, d_v fastest: the recurrence at the start of the open block.
     pub state: Vec<f32>,
     /// `[heads, d_k, BLOCK_TOKENS]` f32: keys of the open block, transposed.
@@ -76,7 +76,7 @@ pub(crate) struct LightningState {
 
 /// Keys and values of one block of tokens in every softmax layer:
 /// `[softmax layers, kv_heads, {keys [d, BLOCK_TOKENS], values [BLOCK_TOKENS, d]}]` f32.
-pub(crate) struct Page(pub Vec<f32>);
+pub struct Page(pub Vec<f32>);
 
 impl StateCache {
     pub fn new(config: &ModelConfig, limits: CacheLimits) -> StateCache {
