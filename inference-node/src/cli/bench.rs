@@ -12,6 +12,9 @@ use anyhow::{bail, ensure};
 use std::path::PathBuf;
 use std::time::Instant;
 
+/// A prompt that reaches every expert, and no longer: a long prompt is not computed twice.
+const WARM_UP_TOKENS: usize = 512;
+
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Hugging Face directory of the model
@@ -102,6 +105,7 @@ struct Speeds {
 }
 
 async fn measure(node: &Node, args: &Args) -> anyhow::Result<Speeds> {
+    warm_up(node, args).await?;
     let started_at = Instant::now();
     let mut answers = Vec::with_capacity(args.batch);
     for index in 0..args.batch {
@@ -125,6 +129,13 @@ async fn measure(node: &Node, args: &Args) -> anyhow::Result<Speeds> {
         prefill: (args.batch * args.prompt_tokens) as f64 / prefill_s,
         decode: (args.batch * (args.new_tokens - 1)) as f64 / decode_s,
     })
+}
+
+/// One other sequence of at most WARM_UP_TOKENS: buffers have grown and weights were touched when time is taken.
+async fn warm_up(node: &Node, args: &Args) -> anyhow::Result<()> {
+    let tokens = args.prompt_tokens.min(WARM_UP_TOKENS);
+    let mut answer = node.engine().submit(submission(node, tokens, 1, args.batch)).await?;
+    read_until(&mut answer, 1).await
 }
 
 pub(super) async fn read_until(answer: &mut Answer, mut tokens: usize) -> anyhow::Result<()> {
