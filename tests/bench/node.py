@@ -1,7 +1,9 @@
 """Runs `sluice-node` and reads what it prints."""
 
 import json
+import os
 import subprocess
+from pathlib import Path
 
 
 class Node:
@@ -23,6 +25,26 @@ class Node:
 
     def bench(self, model, prompt, new, batch=1, dtype=None):
         return self.ask("bench", model, prompt_tokens=prompt, new_tokens=new, batch=batch, dtype=dtype)
+
+
+class Others:
+    """How much of the processor other processes took since this was made: they slow spinning threads down by far more than their share."""
+
+    def __init__(self):
+        self.start = self.now()
+
+    @staticmethod
+    def now():
+        """Seconds: passed on all processors, busy by anybody, busy by this process and the children it waited for."""
+        fields = [int(field) for field in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+        own = os.times()
+        ticks = os.sysconf("SC_CLK_TCK")
+        idle = fields[3] + fields[4]
+        return sum(fields) / ticks, (sum(fields) - idle) / ticks, sum(own[:4])
+
+    def share(self):
+        passed, busy, own = (now - start for now, start in zip(self.now(), self.start))
+        return max(0.0, (busy - own) / max(passed, 1e-9))
 
 
 def table(rows):
