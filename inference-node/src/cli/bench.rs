@@ -12,6 +12,9 @@ use anyhow::{bail, ensure};
 use std::path::PathBuf;
 use std::time::Instant;
 
+/// A prompt that reaches every expert, and no longer: a long prompt is not computed twice.
+const WARM_UP_TOKENS: usize = 512;
+
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Hugging Face directory of the model
@@ -66,7 +69,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 
     let runtime = tokio::runtime::Builder::new_current_thread().build()?;
     let speeds = runtime.block_on(measure(&node, &args))?;
-    let peak = peak_rss_bytes();
+    let (peak, kept) = (resident_bytes("VmHWM:"), resident_bytes("VmRSS:"));
     if args.json {
         println!(
             "{}",
@@ -76,7 +79,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
                 "load_s": load_s,
                 "prefill_tokens_per_second": speeds.prefill,
                 "decode_tokens_per_second": speeds.decode,
-                "peak_rss_bytes": peak,
+                "peak_rss_bytes": peak, "rss_bytes": kept,
             })
         );
     } else {
@@ -102,10 +105,12 @@ struct Speeds {
 }
 
 async fn measure(node: &Node, args: &Args) -> anyhow::Result<Speeds> {
+    warm_up(node, args).await?;
     let started_at = Instant::now();
     let mut answers = Vec::with_capacity(args.batch);
     for index in 0..args.batch {
-        answers.push(node.engine().submit(submission(node, args, index)).await?);
+        answers
+            .push(node.engine().submit(submission(node, args.prompt_tokens, args.new_tokens, index)).await?);
     }
     for answer in &mut answers {
         read_until(answer, 1).await?;
@@ -126,7 +131,14 @@ async fn measure(node: &Node, args: &Args) -> anyhow::Result<Speeds> {
     })
 }
 
-async fn read_until(answer: &mut Answer, mut tokens: usize) -> anyhow::Result<()> {
+/// One other sequence of at most WARM_UP_TOKENS: buffers have grown and weights were touched when time is taken.
+async fn warm_up(node: &Node, args: &Args) -> anyhow::Result<()> {
+    let tokens = args.prompt_tokens.min(WARM_UP_TOKENS);
+    let mut answer = node.engine().submit(submission(node, tokens, 1, args.batch)).await?;
+    read_until(&mut answer, 1).await
+}
+
+pub(super) async fn read_until(answer: &mut Answer, mut tokens: usize) -> anyhow::Result<()> {
     while tokens > 0 {
         let Some(delivery) = answer.next().await else { bail!("a sequence ended before its last token") };
         if let Some(Ending::Broken(reason)) = delivery.ending {
@@ -138,13 +150,13 @@ async fn read_until(answer: &mut Answer, mut tokens: usize) -> anyhow::Result<()
 }
 
 /// Ids spread over the vocabulary, other ones for each sequence.
-fn submission(node: &Node, args: &Args, index: usize) -> Submission {
+pub(super) fn submission(node: &Node, prompt_tokens: usize, new_tokens: usize, index: usize) -> Submission {
     let vocabulary = u64::from(node.models()[0].vocabulary_size);
     let id = |position: u64| ((position + 1) * 0x9E37_79B1 + index as u64 * 7919) % vocabulary;
     Submission {
-        prompt_ids: (0..args.prompt_tokens as u64).map(|position| id(position) as u32).collect(),
+        prompt_ids: (0..prompt_tokens as u64).map(|position| id(position) as u32).collect(),
         resume_ids: Vec::new(),
-        output_tokens_max: args.new_tokens,
+        output_tokens_max: new_tokens,
         grant: Grant { output_tokens: 1, is_final: false },
         sampling: Sampling::GREEDY,
         stop_strings: Vec::new().into(),
@@ -156,10 +168,10 @@ fn submission(node: &Node, args: &Args, index: usize) -> Submission {
     }
 }
 
-/// The most memory this process ever held, as the kernel counts it.
-fn peak_rss_bytes() -> Option<u64> {
+/// Memory of this process as the kernel counts it: the most it ever held (`VmHWM:`, loading included) or holds now (`VmRSS:`).
+fn resident_bytes(field: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix(field))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib << 10)
 }

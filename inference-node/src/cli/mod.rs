@@ -1,9 +1,11 @@
 //! The command line of `sluice-node`.
 
 mod bench;
+mod gaps;
 mod generate;
 mod init;
 mod logits;
+mod perplexity;
 mod serve;
 
 use clap::{Parser, Subcommand};
@@ -38,10 +40,14 @@ enum Command {
     Generate(generate::Args),
     /// Print the logits of every position of a prompt
     Logits(logits::LogitsArgs),
+    /// Say how well a model predicts a text
+    Perplexity(perplexity::Args),
     /// Write a checkpoint with random weights, for benchmarks
     Init(init::InitArgs),
     /// Measure prefill and decode through the engine
     Bench(bench::Args),
+    /// Measure what an arriving prompt does to streams
+    Gaps(gaps::Args),
 }
 
 pub fn main() -> ExitCode {
@@ -61,8 +67,10 @@ pub fn main() -> ExitCode {
         Command::Serve(args) => serve::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Logits(args) => logits::run(args),
+        Command::Perplexity(args) => perplexity::run(args),
         Command::Init(args) => init::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Gaps(args) => gaps::run(args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
