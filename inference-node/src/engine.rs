@@ -15,7 +15,7 @@ mod sequence;
 
 use self::mailbox::{Delivery, Ending, Grant, Mailbox, Outlet};
 use self::sequence::Sequence;
-use crate::model::{Logits, Model, Runner, Span};
+use crate::model::{Cost, Logits, Model, Runner, Span};
 use crate::sampler::{Sampler, Sampling};
 use crate::scheduler::{Arrival, Priority, Scheduler, SchedulerLimits, SequenceId, Work};
 use crate::state::{BLOCK_TOKENS, CacheLimits, StateCache};
@@ -80,6 +80,21 @@ pub struct Odometer {
     pub cached_tokens_total: AtomicU64,
     pub output_tokens_total: AtomicU64,
     pub steps_total: AtomicU64,
+    /// The least that the steps had to move and compute: see [`Cost`].
+    pub weight_bytes_total: AtomicU64,
+    pub state_bytes_total: AtomicU64,
+    pub multiply_adds_total: AtomicU64,
+}
+
+impl Odometer {
+    pub fn cost(&self) -> Cost {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Cost {
+            weight_bytes: read(&self.weight_bytes_total),
+            state_bytes: read(&self.state_bytes_total),
+            multiply_adds: read(&self.multiply_adds_total),
+        }
+    }
 }
 
 /// The way to a running engine. The engine stops when the last one is dropped.
@@ -465,6 +480,10 @@ impl Engine {
         set(&self.odometer.sequences_running, self.scheduler.running() as u64);
         set(&self.odometer.sequences_waiting, self.scheduler.waiting() as u64);
         set(&self.odometer.prompt_tokens_pending, self.scheduler.prompt_tokens_pending());
+        let cost = self.runner.cost();
+        set(&self.odometer.weight_bytes_total, cost.weight_bytes);
+        set(&self.odometer.state_bytes_total, cost.state_bytes);
+        set(&self.odometer.multiply_adds_total, cost.multiply_adds);
     }
 }
 

@@ -173,6 +173,7 @@ const THREADS_MAX: usize = 1024;
 
 /// A running node. Dropped, its engine stops once the last sequence has ended.
 pub struct Node {
+    dtype: Dtype,
     service: Service,
     health: HealthReporter,
 }
@@ -185,7 +186,7 @@ impl Node {
         let started_at = Instant::now();
         let model =
             Arc::new(Model::load(dir, &LoadOptions { threads: options.threads, dtype: options.dtype })?);
-        let config = model.config();
+        let (config, dtype) = (model.config(), model.dtype());
         let tokenizer = Arc::new(Tokenizer::load(dir, config.vocab_size)?);
         let template = ChatTemplate::load(dir, &tokenizer)?;
         let generation = GenerationConfig::load(dir, config.vocab_size)?;
@@ -220,7 +221,7 @@ impl Node {
             "the engine runs"
         );
         let service = Service::new(engine, tokenizer, template, description, limits);
-        Ok(Node { service, health: HealthReporter::new() })
+        Ok(Node { dtype, service, health: HealthReporter::new() })
     }
 
     /// Serves the node's contract, health and reflection on every connection of `incoming`, TCP or in memory, until
@@ -274,6 +275,11 @@ impl Node {
 
     pub fn models(&self) -> &[proto::ModelDescription] {
         self.service.models()
+    }
+
+    /// What the model's weights are stored and multiplied as.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
     }
 
     /// The same engine, without gRPC between.
