@@ -151,6 +151,7 @@ fn submission(node: &Node, args: &Args, index: usize) -> Submission {
         stop_ids: Vec::new(),
         ignore_end_of_sequence: true,
         tenant: format!("bench-{index}").into(),
+        tenant_weight: 1,
         priority: Priority::Normal,
         deadline: None,
     }
