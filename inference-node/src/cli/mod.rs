@@ -1,6 +1,7 @@
 //! The command line of `sluice-node`.
 
 mod bench;
+mod bench_gaps;
 mod generate;
 mod init;
 mod logits;
@@ -42,6 +43,8 @@ enum Command {
     Init(init::InitArgs),
     /// Measure prefill and decode through the engine
     Bench(bench::Args),
+    /// Measure the gaps between the tokens of streams that decode while a long prompt arrives
+    BenchGaps(bench_gaps::Args),
 }
 
 pub fn main() -> ExitCode {
@@ -63,6 +66,7 @@ pub fn main() -> ExitCode {
         Command::Logits(args) => logits::run(args),
         Command::Init(args) => init::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::BenchGaps(args) => bench_gaps::run(args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
