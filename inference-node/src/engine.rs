@@ -15,6 +15,7 @@ mod sequence;
 
 use self::mailbox::{Delivery, Ending, Grant, Mailbox, Outlet};
 use self::sequence::Sequence;
+use crate::constraint::{Masks, Plan};
 use crate::model::{Logits, Model, Runner, Span};
 use crate::sampler::{Sampler, Sampling};
 use crate::scheduler::{Arrival, Priority, Scheduler, SchedulerLimits, SequenceId, Work};
@@ -37,6 +38,8 @@ pub struct EngineLimits {
     pub cache_tokens: usize,
     /// How long a sequence may hold its slot without a grant.
     pub grant_idle: Duration,
+    /// Threads that compute the masks of constrained sequences beside the step.
+    pub mask_threads: usize,
 }
 
 /// A sequence to generate. Valid by construction: see [`crate::service`].
@@ -50,6 +53,12 @@ pub struct Submission {
     pub output_tokens_max: usize,
     pub grant: Grant,
     pub sampling: Sampling,
+    /// Stop ids, stop strings and the end of sequence count after these. At most `output_tokens_max`.
+    pub output_tokens_min: usize,
+    /// Log-probabilities are told, with those of this many likeliest tokens.
+    pub top_logprobs: Option<usize>,
+    /// Has `resume_ids` behind it.
+    pub constraint: Option<Plan>,
     /// None is empty.
     pub stop_strings: Arc<[String]>,
     pub stop_ids: Vec<u32>,
@@ -57,6 +66,28 @@ pub struct Submission {
     pub tenant: Arc<str>,
     pub priority: Priority,
     pub deadline: Option<Instant>,
+}
+
+impl Submission {
+    /// Greedy, granted in full, and ended by nothing but the model; the rest is up to the caller.
+    pub fn new(prompt_ids: Vec<u32>, output_tokens_max: usize) -> Submission {
+        Submission {
+            prompt_ids,
+            resume_ids: Vec::new(),
+            output_tokens_max,
+            grant: Grant { output_tokens: output_tokens_max as u64, is_final: true },
+            sampling: Sampling::greedy(),
+            output_tokens_min: 0,
+            top_logprobs: None,
+            constraint: None,
+            stop_strings: Arc::new([]),
+            stop_ids: Vec::new(),
+            ignore_end_of_sequence: false,
+            tenant: "".into(),
+            priority: Priority::Normal,
+            deadline: None,
+        }
+    }
 }
 
 /// Why a submission was not taken.
@@ -194,6 +225,8 @@ impl Remote {
     }
 }
 
+/// Only reserved; a page is used when it is touched.
+const ENGINE_STACK_BYTES: usize = 64 << 20;
 const RETRY_AFTER_MIN: Duration = Duration::from_secs(1);
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
 
@@ -206,6 +239,7 @@ pub fn start(
 ) -> std::io::Result<EngineHandle> {
     let (submissions, arrivals) = sync_channel(limits.slots + limits.waiting_max);
     let odometer = Arc::new(Odometer::default());
+    let masks = Masks::start(limits.mask_threads, limits.slots)?;
     let scheduler = Scheduler::new(SchedulerLimits {
         slots: limits.slots,
         waiting_max: limits.waiting_max,
@@ -224,6 +258,7 @@ pub fn start(
         door_is_open: true,
         scheduler,
         sampler: Sampler::default(),
+        masks,
         sequences: BTreeMap::new(),
         next_id: 0,
         turnaround: Duration::ZERO,
@@ -232,7 +267,9 @@ pub fn start(
         endings: Vec::new(),
         text: String::new(),
     };
-    let thread = std::thread::Builder::new().name("engine".to_owned()).spawn(move || engine.run())?;
+    // It follows grammars, which may be deep.
+    let thread = std::thread::Builder::new().name("engine".to_owned()).stack_size(ENGINE_STACK_BYTES);
+    let thread = thread.spawn(move || engine.run())?;
     Ok(EngineHandle(Arc::new(Door { submissions: Some(submissions), thread, odometer })))
 }
 
@@ -247,6 +284,7 @@ struct Engine {
     runner: Runner,
     cache: StateCache,
     sampler: Sampler,
+    masks: Masks,
     sequences: BTreeMap<SequenceId, Sequence>,
     next_id: u64,
     /// How long a sequence holds its slot, smoothed.
@@ -430,23 +468,26 @@ impl Engine {
                 continue;
             }
             let row = rows.next().expect("the model gives a row of logits for each span that asks");
-            let Some(token) = self.sampler.sample(row, &sequence.sampling, sequence.tokens.len() as u64)
-            else {
-                self.endings.push((work.id, Ending::Broken("the model computed logits that are not finite")));
-                continue;
+            let sampled = match sequence.choose(row, &mut self.sampler) {
+                Ok(sampled) => sampled,
+                Err(ending) => {
+                    self.endings.push((work.id, ending));
+                    continue;
+                }
             };
             output_tokens += 1;
             self.text.clear();
-            match sequence.advance(token, &self.tokenizer, &mut self.text) {
+            match sequence.advance(sampled.id, &self.tokenizer, &mut self.text) {
                 None => {
-                    sequence.outlet().token(token, &self.text, sequence.usage());
+                    sequence.outlet().token(sampled, &self.text, sequence.usage());
+                    sequence.prepare(&self.masks);
                     self.scheduler.sampled(work.id);
                 }
-                Some(ending) => retired.push((work.id, token, self.text.clone(), ending)),
+                Some(ending) => retired.push((work.id, sampled, self.text.clone(), ending)),
             }
         }
-        for (id, token, text, ending) in retired {
-            self.retire(id, |sequence| sequence.end_after(token, &text, ending));
+        for (id, sampled, text, ending) in retired {
+            self.retire(id, |sequence| sequence.end_after(sampled, &text, ending));
         }
         self.end_sequences();
         self.odometer.prompt_tokens_total.fetch_add(prompt_tokens as u64, Ordering::Relaxed);

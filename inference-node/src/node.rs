@@ -13,6 +13,7 @@
 //! ```
 
 use crate::chat_template::{ChatTemplate, TemplateError};
+use crate::constraint::{ConstraintLimits, Grammars};
 use crate::engine::{self, EngineHandle, EngineLimits};
 use crate::model::{LoadOptions, Model};
 use crate::service::{Service, ServiceLimits};
@@ -66,6 +67,18 @@ pub struct NodeOptions {
     #[arg(long, value_name = "MS", default_value_t = DEFAULT_GRANT_IDLE_MS)]
     pub grant_idle_ms: u64,
 
+    /// Longest schema, pattern, grammar or list of tools that constrains an output
+    #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_CONSTRAINT_BYTES_MAX)]
+    pub constraint_bytes_max: usize,
+
+    /// How long a request waits for its constraint to be compiled before it is refused
+    #[arg(long, value_name = "MS", default_value_t = DEFAULT_CONSTRAINT_WAIT_MS)]
+    pub constraint_wait_ms: u64,
+
+    /// Threads that compile constraints, and as many that compute their masks beside the step
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_CONSTRAINT_THREADS)]
+    pub constraint_threads: usize,
+
     /// Longest text that Tokenize takes
     #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_TOKENIZE_BYTES_MAX)]
     pub tokenize_bytes_max: usize,
@@ -76,6 +89,9 @@ const DEFAULT_WAITING_MAX: usize = 256;
 const DEFAULT_STEP_TOKENS_MAX: usize = 512;
 const DEFAULT_GRANT_IDLE_MS: u64 = 30_000;
 const DEFAULT_TOKENIZE_BYTES_MAX: usize = 8 << 20;
+const DEFAULT_CONSTRAINT_BYTES_MAX: usize = 256 << 10;
+const DEFAULT_CONSTRAINT_WAIT_MS: u64 = 5_000;
+const DEFAULT_CONSTRAINT_THREADS: usize = 1;
 const DEFAULT_CACHE_BYTES_MAX: u64 = 4 << 30;
 
 /// Holds a prompt of a million ids, and the text of one.
@@ -94,6 +110,9 @@ impl NodeOptions {
             step_tokens_max: DEFAULT_STEP_TOKENS_MAX,
             cache_tokens: None,
             grant_idle_ms: DEFAULT_GRANT_IDLE_MS,
+            constraint_bytes_max: DEFAULT_CONSTRAINT_BYTES_MAX,
+            constraint_wait_ms: DEFAULT_CONSTRAINT_WAIT_MS,
+            constraint_threads: DEFAULT_CONSTRAINT_THREADS,
             tokenize_bytes_max: DEFAULT_TOKENIZE_BYTES_MAX,
         }
     }
@@ -105,11 +124,13 @@ impl NodeOptions {
             ("slots", self.slots),
             ("waiting-max", self.waiting_max),
             ("tokenize-bytes-max", self.tokenize_bytes_max),
+            ("constraint-bytes-max", self.constraint_bytes_max),
+            ("constraint-threads", self.constraint_threads),
         ] {
             if value == 0 {
                 return refuse(field, "must be at least 1".to_owned());
             }
-            if field == "threads" && value > THREADS_MAX {
+            if field.ends_with("threads") && value > THREADS_MAX {
                 return refuse(field, format!("must be at most {THREADS_MAX}"));
             }
         }
@@ -195,7 +216,20 @@ impl Node {
             step_tokens_max: options.step_tokens_max,
             cache_tokens: options.cache_tokens(&model),
             grant_idle: Duration::from_millis(options.grant_idle_ms),
+            mask_threads: options.constraint_threads,
         };
+        let grammars = Grammars::start(
+            &tokenizer,
+            &end_of_sequence,
+            template.as_ref().and_then(ChatTemplate::tool_format),
+            ConstraintLimits {
+                source_bytes_max: options.constraint_bytes_max,
+                compile_wait_max: Duration::from_millis(options.constraint_wait_ms),
+                compile_threads: options.constraint_threads,
+                compile_waiting_max: options.waiting_max,
+            },
+        )
+        .map_err(StartError::Thread)?;
         let engine =
             engine::start(model, tokenizer.clone(), end_of_sequence, limits).map_err(StartError::Thread)?;
         let limits = ServiceLimits {
@@ -212,7 +246,7 @@ impl Node {
             load_ms = started_at.elapsed().as_millis() as u64,
             "the engine runs"
         );
-        let service = Service::new(engine, tokenizer, template, description, limits);
+        let service = Service::new(engine, tokenizer, template, grammars, description, limits);
         Ok(Node { service, health: HealthReporter::new() })
     }
 
