@@ -23,12 +23,17 @@ struct ChatToken {
 #[derive(Debug, Serialize)]
 struct ChatLogprob {
     token: String,
-    logprob: f32,
+    logprob: f64,
     bytes: Vec<u8>,
 }
 
 /// Less is not distinguished: JSON has no infinity.
 const LOGPROB_MIN: f32 = -9999.0;
+
+/// As an f64, so that it is printed alike wherever it is printed.
+fn logprob(token: &TokenLogprob) -> f64 {
+    f64::from(token.logprob.max(LOGPROB_MIN))
+}
 
 impl ChatLogprobs {
     /// `None` where none came.
@@ -44,11 +49,7 @@ impl ChatLogprobs {
 
 impl From<&TokenLogprob> for ChatLogprob {
     fn from(token: &TokenLogprob) -> ChatLogprob {
-        ChatLogprob {
-            token: name(&token.bytes),
-            logprob: token.logprob.max(LOGPROB_MIN),
-            bytes: token.bytes.clone(),
-        }
+        ChatLogprob { token: name(&token.bytes), logprob: logprob(token), bytes: token.bytes.clone() }
     }
 }
 
@@ -56,7 +57,7 @@ impl From<&TokenLogprob> for ChatLogprob {
 #[derive(Debug, Default, PartialEq, Serialize)]
 pub struct TextLogprobs {
     tokens: Vec<String>,
-    token_logprobs: Vec<f32>,
+    token_logprobs: Vec<f64>,
     top_logprobs: Vec<Map<String, Value>>,
     text_offset: Vec<usize>,
 }
@@ -70,12 +71,12 @@ impl TextLogprobs {
         let mut columns = TextLogprobs::default();
         for (chosen, top) in tokens.iter().filter_map(visible) {
             let token = name(&chosen.bytes);
-            let logprob = |token: &TokenLogprob| Value::from(token.logprob.max(LOGPROB_MIN));
             columns.text_offset.push(offset.0);
             offset.0 += token.chars().count();
             columns.tokens.push(token);
-            columns.token_logprobs.push(chosen.logprob.max(LOGPROB_MIN));
-            columns.top_logprobs.push(top.iter().map(|other| (name(&other.bytes), logprob(other))).collect());
+            columns.token_logprobs.push(logprob(chosen));
+            let named = |other: &TokenLogprob| (name(&other.bytes), Value::from(logprob(other)));
+            columns.top_logprobs.push(top.iter().map(named).collect());
         }
         (!tokens.is_empty()).then_some(columns)
     }
