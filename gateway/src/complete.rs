@@ -10,7 +10,10 @@
 use std::{sync::Arc, time::Instant};
 
 use sluice_billing::{AccountId, AdmitRequest, Hold, RequestId};
-use sluice_proto::node::v1::{ChatMessage, ChatPrompt, ModelDescription, Start, tokenize_request::Input};
+use sluice_proto::node::v1::{
+    ChatMessage, ChatPrompt, Constraint, JsonObject, ModelDescription, Start, TokenLogprobs, ToolCallDelta,
+    ToolCalls, ToolChoice as NodeToolChoice, constraint::Kind, tokenize_request::Input,
+};
 use time::OffsetDateTime;
 use tokio::sync::mpsc;
 use tonic::{Code, Status};
@@ -24,7 +27,7 @@ use crate::{
     error::{ApiError, Fault, RETRY_AFTER},
     node_client::NodeClient,
     relay,
-    request::{CompletionRequest, Prompt, Temperature, TopP},
+    request::{CompletionRequest, Format, Prompt, Shape, Temperature, ToolChoice, Tools, TopP},
 };
 
 /// What a request costs a node, for routing, beyond its prompt: nobody knows how long an answer will be.
@@ -48,13 +51,33 @@ pub enum Delivery {
     Whole,
 }
 
-/// What happens to an answer, in order: any number of texts, then `Finished`, or an error in its place.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// What happens to an answer, in order: any number of deltas, then `Finished`, or an error in its place.
+#[derive(Clone, Debug, PartialEq)]
 pub enum Event {
-    /// Whole UTF-8 characters; may be empty.
-    Text(String),
+    Delta(Delta),
     /// The answer is complete and its bill durable.
     Finished(Finish),
+}
+
+/// What was generated since the last event.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Delta {
+    /// Whole UTF-8 characters; may be empty.
+    pub text: String,
+    /// Where they were asked for: one for each token, which may be ahead of the text.
+    pub logprobs: Vec<TokenLogprobs>,
+    /// Pieces of calls, by index. The first of a call has its name.
+    pub tool_calls: Vec<ToolCallDelta>,
+}
+
+impl Delta {
+    pub fn text(text: impl Into<String>) -> Delta {
+        Delta { text: text.into(), ..Delta::default() }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.text.is_empty() && self.logprobs.is_empty() && self.tool_calls.is_empty()
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,10 +117,19 @@ pub struct Completion {
 }
 
 /// An answer that is complete.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Answer {
     pub text: String,
+    pub logprobs: Vec<TokenLogprobs>,
+    pub tool_calls: Vec<ToolCall>,
     pub finish: Finish,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ToolCall {
+    pub name: String,
+    /// JSON text.
+    pub arguments: String,
 }
 
 /// Starts a completion and waits for its first event.
@@ -129,20 +161,36 @@ impl Completion {
             Some(first) => Ok(first),
             None => self.events.recv().await.unwrap_or_else(|| Err(relay_died())),
         };
-        self.ended = !matches!(event, Ok(Event::Text(_)));
+        self.ended = !matches!(event, Ok(Event::Delta(_)));
         Some(event)
     }
 
     /// Waits for the whole answer.
     pub async fn whole(&mut self) -> Result<Answer, ApiError> {
-        let mut text = String::new();
+        let (mut text, mut logprobs, mut tool_calls) = (String::new(), Vec::new(), Vec::new());
         while let Some(event) = self.next().await {
             match event? {
-                Event::Text(more) => text.push_str(&more),
-                Event::Finished(finish) => return Ok(Answer { text, finish }),
+                Event::Delta(delta) => {
+                    text.push_str(&delta.text);
+                    logprobs.extend(delta.logprobs);
+                    delta.tool_calls.into_iter().for_each(|piece| join(&mut tool_calls, piece));
+                }
+                Event::Finished(finish) => return Ok(Answer { text, logprobs, tool_calls, finish }),
             }
         }
         Err(relay_died())
+    }
+}
+
+/// Pieces of a call follow each other, and calls count from 0.
+fn join(calls: &mut Vec<ToolCall>, piece: ToolCallDelta) {
+    let index = piece.index as usize;
+    if index == calls.len() {
+        calls.push(ToolCall::default());
+    }
+    if let Some(call) = calls.get_mut(index) {
+        call.name.push_str(&piece.name);
+        call.arguments.push_str(&piece.arguments);
     }
 }
 
@@ -205,12 +253,17 @@ async fn admit(
 ) -> Result<Option<Admitted>, ApiError> {
     let param = prompt_param(&request.prompt);
     let prompt_ids = tokio::select! {
-        ids = tokenize(app, model, request.prompt) => ids?,
+        ids = tokenize(app, model, request.prompt, request.shape.tools.as_ref()) => ids?,
         () = events.closed() => return Ok(None),
         () = app.cut.cancelled() => return Err(ApiError::Draining { retry_after: RETRY_AFTER }),
     };
     let wanted = request.output_tokens_max.map(|limit| u64::from(limit.get()));
     let output_tokens_max = room_for_output(param, prompt_ids.len() as u64, wanted, model)?;
+    let shape = request.shape;
+    if u64::from(shape.output_tokens_min) > output_tokens_max {
+        let message = format!("must be at most the {output_tokens_max} tokens that the answer may have");
+        return Err(ApiError::field(Fault::Value, "min_tokens", message));
+    }
     let principal = &caller.principal;
     let input_tokens = prompt_ids.len() as u64;
     let hold = app
@@ -241,16 +294,54 @@ async fn admit(
             top_k: sampling.top_k.or(defaults.top_k).unwrap_or(0),
             // The second half of a UUIDv7 is random. Every attempt has the same, so another node gives the same tokens.
             seed: sampling.seed.unwrap_or(caller.request_id.as_u64_pair().1),
+            min_p: sampling.min_p,
+            repetition_penalty: sampling.repetition_penalty.get(),
+            frequency_penalty: sampling.frequency_penalty.get(),
+            presence_penalty: sampling.presence_penalty.get(),
+            logit_bias: sampling.logit_bias.as_slice().iter().copied().collect(),
         }),
         stop_strings: request.stop.as_slice().to_vec(),
         // Each key is a flow of its own: one that floods the node does not hold up its siblings.
         tenant: format!("{}/{}", principal.account_id, principal.key_id),
+        output_tokens_min: shape.output_tokens_min,
+        ignore_end_of_sequence: shape.ignore_end_of_sequence,
+        top_logprobs: shape.top_logprobs,
+        constraint: constraint(&shape),
+        stop_ids: shape.stop_ids,
         ..Start::default()
     };
     Ok(Some(Admitted { hold, start, tokens: input_tokens + output_tokens_max.min(OUTPUT_TOKENS_EXPECTED) }))
 }
 
-async fn tokenize(app: &App, model: &ModelDescription, prompt: Prompt) -> Result<Vec<u32>, ApiError> {
+/// Tools that may be called and a format of the text do not go together: dialects refuse that.
+fn constraint(shape: &Shape) -> Option<Constraint> {
+    let kind = match (&shape.tools, &shape.format) {
+        (Some(tools), _) => {
+            let (choice, tool_name) = match &tools.choice {
+                ToolChoice::Auto => (NodeToolChoice::Auto, ""),
+                ToolChoice::Required => (NodeToolChoice::Required, ""),
+                ToolChoice::Named(name) => (NodeToolChoice::Named, name.as_str()),
+            };
+            Kind::ToolCalls(ToolCalls {
+                tools_json: tools.declared_json.clone(),
+                choice: choice.into(),
+                tool_name: tool_name.to_owned(),
+                single: !tools.parallel,
+            })
+        }
+        (None, Format::Text) => return None,
+        (None, Format::JsonObject) => Kind::JsonObject(JsonObject {}),
+        (None, Format::JsonSchema(schema)) => Kind::JsonSchema(schema.clone()),
+    };
+    Some(Constraint { kind: Some(kind) })
+}
+
+async fn tokenize(
+    app: &App,
+    model: &ModelDescription,
+    prompt: Prompt,
+    tools: Option<&Tools>,
+) -> Result<Vec<u32>, ApiError> {
     let param = prompt_param(&prompt);
     let input = match prompt {
         Prompt::Tokens(ids) => {
@@ -265,10 +356,12 @@ async fn tokenize(app: &App, model: &ModelDescription, prompt: Prompt) -> Result
                 role: message.role.as_str().to_owned(),
                 content: message.content.clone(),
                 name: message.name.clone(),
-                ..ChatMessage::default()
+                tool_call_id: message.tool_call_id.clone(),
+                tool_calls_json: message.tool_calls_json.clone(),
             };
             let messages = messages.as_slice().iter().map(message).collect();
-            Input::Chat(ChatPrompt { messages, tools_json: String::new() })
+            let tools_json = tools.map_or_else(String::new, |tools| tools.declared_json.clone());
+            Input::Chat(ChatPrompt { messages, tools_json })
         }
     };
     let mut tried = Vec::new();
@@ -331,8 +424,21 @@ fn wire_field(field: &str, prompt_param: &str) -> String {
     let field = field.strip_prefix("chat.").or(field.strip_prefix("sampling.")).unwrap_or(field);
     match field.split('[').next() {
         Some("output_tokens_max") => "max_tokens".to_owned(),
+        Some("output_tokens_min") => "min_tokens".to_owned(),
         Some("stop_strings") => "stop".to_owned(),
-        Some("messages" | "temperature" | "top_p" | "top_k" | "seed") => field.to_owned(),
+        Some("stop_ids") => field.replacen("stop_ids", "stop_token_ids", 1),
+        Some("tools_json") => "tools".to_owned(),
+        Some("constraint.tool_calls.tools_json") => {
+            field.replacen("constraint.tool_calls.tools_json", "tools", 1)
+        }
+        Some("constraint.tool_calls") => "tools".to_owned(),
+        Some("constraint.tool_calls.tool_name") => "tool_choice".to_owned(),
+        Some("constraint.json_schema") => "response_format.json_schema.schema".to_owned(),
+        Some("constraint" | "constraint.json_object") => "response_format".to_owned(),
+        Some(
+            "messages" | "temperature" | "top_p" | "top_k" | "min_p" | "seed" | "logit_bias" | "top_logprobs"
+            | "repetition_penalty" | "frequency_penalty" | "presence_penalty",
+        ) => field.to_owned(),
         _ => prompt_param.to_owned(),
     }
 }
@@ -393,6 +499,10 @@ mod tests {
             ("output_tokens_max", "max_tokens"),
             ("sampling.top_p", "top_p"),
             ("stop_strings[0]", "stop"),
+            ("sampling.logit_bias", "logit_bias"),
+            ("constraint.json_schema", "response_format.json_schema.schema"),
+            ("constraint.tool_calls.tools_json[2].function.parameters", "tools[2].function.parameters"),
+            ("constraint.tool_calls.tool_name", "tool_choice"),
             ("", "prompt"),
         ] {
             assert_eq!(wire_field(field, "prompt"), expect);

@@ -30,7 +30,7 @@ use tonic::Status;
 use crate::{
     app::{App, Limits},
     complete::{
-        Admitted, Caller, Delivery, Event, Events, Failure, Finish, FinishReason, Usage, node_failure,
+        Admitted, Caller, Delivery, Delta, Event, Events, Failure, Finish, FinishReason, Usage, node_failure,
     },
     error::{ApiError, RETRY_AFTER},
     node_client::{NodeClient, Sequence},
@@ -185,9 +185,11 @@ impl Relay<'_> {
                 Some(NodeEvent::Delta(delta)) => {
                     let first = self.first_token.is_none();
                     self.note_token();
-                    // An empty text still tells a caller that waits for the first token that it has come.
-                    if first || !delta.text.is_empty() {
-                        room.send(Ok(Event::Text(delta.text)));
+                    let delta =
+                        Delta { text: delta.text, logprobs: delta.logprobs, tool_calls: delta.tool_calls };
+                    // An empty one still tells a caller that waits for the first token that it has come.
+                    if first || !delta.is_empty() {
+                        room.send(Ok(Event::Delta(delta)));
                     }
                 }
                 Some(NodeEvent::Finished(finished)) => return Ok(Ended::ByNode(finished.reason())),

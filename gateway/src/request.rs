@@ -9,6 +9,14 @@ use std::num::NonZeroU32;
 pub const STOP_STRINGS_MAX: usize = 4;
 /// Bytes of one stop string: what the node may have to hold back.
 pub const STOP_STRING_BYTES_MAX: usize = 256;
+/// Token ids that end an answer.
+pub const STOP_IDS_MAX: usize = 64;
+/// Tokens that a request may bias.
+pub const LOGIT_BIAS_MAX: usize = 1024;
+/// Likeliest tokens that may be seen beside each one.
+pub const TOP_LOGPROBS_MAX: u32 = 20;
+/// Tools that a request may declare.
+pub const TOOLS_MAX: usize = 128;
 /// Bytes of names that callers give: models, users, authors of messages.
 pub const NAME_BYTES_MAX: usize = 256;
 pub const MESSAGES_MAX: usize = 10_000;
@@ -20,6 +28,13 @@ pub struct Expected(String);
 
 fn expected<T>(message: impl Into<String>) -> Result<T, Expected> {
     Err(Expected(message.into()))
+}
+
+impl Expected {
+    /// What is wrong with a choice of a tool that is none.
+    pub fn declared_tool() -> Expected {
+        Expected("must be the name of a declared tool".to_owned())
+    }
 }
 
 /// What is wrong with a count below one.
@@ -36,6 +51,7 @@ pub struct CompletionRequest {
     pub output_tokens_max: Option<NonZeroU32>,
     pub sampling: Sampling,
     pub stop: StopStrings,
+    pub shape: Shape,
     /// The caller's own end user, for usage reports. May be empty.
     pub user: EndUser,
 }
@@ -66,8 +82,47 @@ impl Prompt {
     }
 }
 
+/// What an answer must look like, beside where it stops.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Shape {
+    pub format: Format,
+    /// `None`: none were declared, or none may be called.
+    pub tools: Option<Tools>,
+    /// Each token's log-probability is told, with those of this many likeliest tokens.
+    pub top_logprobs: Option<u32>,
+    /// Nothing but the end of a constraint ends the answer before.
+    pub output_tokens_min: u32,
+    pub ignore_end_of_sequence: bool,
+    pub stop_ids: Vec<u32>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Format {
+    #[default]
+    Text,
+    JsonObject,
+    /// A JSON schema.
+    JsonSchema(String),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tools {
+    /// A JSON array in OpenAI's shape.
+    pub declared_json: String,
+    pub choice: ToolChoice,
+    /// More than one call may be made at once.
+    pub parallel: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ToolChoice {
+    Auto,
+    Required,
+    Named(String),
+}
+
 /// How tokens are drawn.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Sampling {
     /// Absent: the model's default.
     pub temperature: Option<Temperature>,
@@ -77,6 +132,117 @@ pub struct Sampling {
     pub top_k: Option<u32>,
     /// Absent: the gateway draws one.
     pub seed: Option<u64>,
+    /// Tokens less likely than this part of the likeliest are not drawn.
+    pub min_p: f32,
+    /// 1 is none.
+    pub repetition_penalty: RepetitionPenalty,
+    pub frequency_penalty: Penalty,
+    pub presence_penalty: Penalty,
+    pub logit_bias: LogitBias,
+}
+
+/// -2 to 2.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Penalty(f32);
+
+impl Penalty {
+    pub fn new(value: f64) -> Result<Penalty, Expected> {
+        match (-2.0..=2.0).contains(&value) {
+            true => Ok(Penalty(value as f32)),
+            false => expected(format!("must be between -2 and 2, but is {value}")),
+        }
+    }
+
+    pub fn get(self) -> f32 {
+        self.0
+    }
+}
+
+/// 0.1 to 10.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RepetitionPenalty(f32);
+
+impl Default for RepetitionPenalty {
+    fn default() -> Self {
+        RepetitionPenalty(1.0)
+    }
+}
+
+impl RepetitionPenalty {
+    pub fn new(value: f64) -> Result<RepetitionPenalty, Expected> {
+        // As an f32, which is what the node compares: 0.1 is one that lies above a tenth.
+        match (0.1..=10.0).contains(&(value as f32)) {
+            true => Ok(RepetitionPenalty(value as f32)),
+            false => expected(format!("must be between 0.1 and 10, but is {value}")),
+        }
+    }
+
+    pub fn get(self) -> f32 {
+        self.0
+    }
+}
+
+/// At most [`LOGIT_BIAS_MAX`] tokens, each -100 to 100.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct LogitBias(Vec<(u32, f32)>);
+
+impl LogitBias {
+    pub fn new(biases: Vec<(u32, f64)>) -> Result<LogitBias, Expected> {
+        if biases.len() > LOGIT_BIAS_MAX {
+            return expected(format!(
+                "must name at most {LOGIT_BIAS_MAX} tokens, but names {}",
+                biases.len()
+            ));
+        }
+        if let Some((id, bias)) = biases.iter().find(|(_, bias)| !(-100.0..=100.0).contains(bias)) {
+            return expected(format!(
+                "must hold numbers between -100 and 100, but the token {id} has {bias}"
+            ));
+        }
+        Ok(LogitBias(biases.into_iter().map(|(id, bias)| (id, bias as f32)).collect()))
+    }
+
+    pub fn as_slice(&self) -> &[(u32, f32)] {
+        &self.0
+    }
+}
+
+/// A part of the likeliest token's probability.
+pub fn min_p(value: f64) -> Result<f32, Expected> {
+    match (0.0..=1.0).contains(&value) {
+        true => Ok(value as f32),
+        false => expected(format!("must be between 0 and 1, but is {value}")),
+    }
+}
+
+/// How many likeliest tokens are told, of at most `max`.
+pub fn top_logprobs(value: i64, max: u32) -> Result<u32, Expected> {
+    match u32::try_from(value) {
+        Ok(count) if count <= max => Ok(count),
+        _ => expected(format!("must be between 0 and {max}, but is {value}")),
+    }
+}
+
+/// A least number of tokens.
+pub fn output_tokens_min(value: i64) -> Result<u32, Expected> {
+    u32::try_from(value).or_else(|_| expected(format!("must be between 0 and {}, but is {value}", u32::MAX)))
+}
+
+/// Ids that end an answer.
+pub fn stop_ids(ids: Vec<u32>) -> Result<Vec<u32>, Expected> {
+    match ids.len() > STOP_IDS_MAX {
+        true => expected(format!("must hold at most {STOP_IDS_MAX} ids, but holds {}", ids.len())),
+        false => Ok(ids),
+    }
+}
+
+/// A name of a tool or a schema, as OpenAI's API has them.
+pub fn function_name(name: &str) -> Result<&str, Expected> {
+    let fits = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-';
+    match (1..=64).contains(&name.len()) && name.bytes().all(fits) {
+        true => Ok(name),
+        false => expected("must be 1 to 64 of a-z, A-Z, 0-9, _ and -"),
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -224,6 +390,10 @@ impl Messages {
 pub struct Message {
     pub role: Role,
     pub content: String,
+    /// What an assistant called: a JSON array in OpenAI's shape, or empty.
+    pub tool_calls_json: String,
+    /// Which call a tool answers. Empty but for [`Role::Tool`].
+    pub tool_call_id: String,
     /// The author, where several share a role. May be empty.
     pub name: String,
 }
@@ -233,6 +403,7 @@ pub enum Role {
     System,
     User,
     Assistant,
+    Tool,
 }
 
 impl Role {
@@ -242,6 +413,7 @@ impl Role {
             Role::System => "system",
             Role::User => "user",
             Role::Assistant => "assistant",
+            Role::Tool => "tool",
         }
     }
 }
@@ -266,6 +438,18 @@ mod tests {
             check(output_tokens_max(value), "between 1 and");
         }
         check(top_k(-2), "between 0 and");
+        for value in [-2.1, 2.1, f64::NAN] {
+            check(Penalty::new(value), "between -2 and 2");
+        }
+        for value in [0.0, 10.1, f64::NAN] {
+            check(RepetitionPenalty::new(value), "between 0.1 and 10");
+        }
+        check(LogitBias::new(vec![(1, 101.0)]), "between -100 and 100");
+        check(LogitBias::new(vec![(1, 1.0); 1025]), "at most 1024");
+        check(min_p(1.1), "between 0 and 1");
+        check(top_logprobs(21, TOP_LOGPROBS_MAX), "between 0 and 20");
+        check(stop_ids(vec![1; 65]), "at most 64");
+        check(function_name("a b"), "a-z");
         check(StopStrings::new(vec![String::new()]), "empty string");
         check(StopStrings::new(vec!["a".into(); 5]), "at most 4");
         check(Messages::new(vec![]), "at least one");
@@ -282,6 +466,8 @@ mod tests {
         assert!(TopP::new(0.0).expect("the most likely token").get() > 0.0);
         assert_eq!(output_tokens_max(1).expect("one token").get(), 1);
         assert_eq!(top_k(-1).expect("no limit"), 0);
+        assert_eq!(RepetitionPenalty::new(0.1).expect("a tenth").get(), 0.1);
+        assert_eq!(Penalty::new(-2.0).expect("the most").get(), -2.0);
         assert_eq!(StopStrings::new(vec!["a".into(); 4]).expect("four").as_slice().len(), 4);
     }
 }

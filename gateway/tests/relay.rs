@@ -128,7 +128,7 @@ impl ScriptedNode {
             }
             output_tokens += 1;
             self.generated.fetch_add(1, Ordering::SeqCst);
-            let delta = Event::Delta(Delta { text: self.text.clone(), ids: vec![7] });
+            let delta = Event::Delta(Delta { text: self.text.clone(), ids: vec![7], ..Delta::default() });
             if frames.send(Ok(frame(&mut sequence_number, delta, output_tokens))).await.is_err() {
                 return;
             }

@@ -8,6 +8,7 @@
 //! Users' strings are defused first, so that none of them can forge a control token: see
 //! [`crate::tokenizer::control_tokens`].
 
+use crate::constraint::{BLOCK_CLOSES, BLOCK_OPENS, ToolFormat};
 use crate::tokenizer::control_tokens::{ControlTokens, free_marker};
 use crate::tokenizer::{Rendered, Tokenizer};
 use minijinja::syntax::SyntaxConfig;
@@ -21,6 +22,10 @@ use std::path::{Path, PathBuf};
 pub struct ChatTemplate {
     environment: Environment<'static>,
     content: ContentForm,
+    /// How the template has the model write tool calls: it says so to the model, or it writes past calls so.
+    tool_format: Option<ToolFormat>,
+    /// It teaches calls in a block, but leaves past ones out: they are put into the text of their message.
+    forgets_calls: bool,
     /// `bos_token`, `eos_token` and their like, as the template names them.
     variables: Map<String, Value>,
 }
@@ -94,8 +99,15 @@ impl ChatTemplate {
         environment.add_function("strftime_now", strftime_now);
         environment.add_filter("tojson", tojson);
         environment.add_template_owned("chat", source).map_err(unreadable)?;
-        let mut template = ChatTemplate { environment, content: ContentForm::Text, variables };
+        let mut template = ChatTemplate {
+            environment,
+            content: ContentForm::Text,
+            tool_format: None,
+            forgets_calls: false,
+            variables,
+        };
         template.content = template.probe().map_err(|reason| TemplateError::Deaf { path, reason })?;
+        template.probe_tools();
         Ok(template)
     }
 
@@ -114,6 +126,29 @@ impl ChatTemplate {
         Err(reason)
     }
 
+    /// Finds out how tools are called, by what the template writes of a call that was made.
+    fn probe_tools(&mut self) {
+        let call = json!({"type": "function", "function": {"name": "probe", "arguments": {"on": "air"}}});
+        let question = json!({"role": "user", "content": "?"});
+        let answer = json!({"role": "assistant", "content": "", "tool_calls": [call]});
+        let written = self.run(&[question, answer], None, self.content).unwrap_or_default();
+        let teaches_block = self
+            .environment
+            .get_template("chat")
+            .is_ok_and(|template| template.source().contains(BLOCK_OPENS.trim_end()));
+        self.forgets_calls = teaches_block && !written.contains("probe");
+        self.tool_format = match written.contains(r#"{"tool": "probe", "arguments": {"on": "air"}}"#) {
+            _ if teaches_block => Some(ToolFormat::Block),
+            true => Some(ToolFormat::Object),
+            false => None,
+        };
+    }
+
+    /// How the model writes tool calls. `None`: its template teaches no way.
+    pub fn tool_format(&self) -> Option<ToolFormat> {
+        self.tool_format
+    }
+
     /// Writes the prompt up to where the assistant is to answer.
     pub fn render(
         &self,
@@ -122,6 +157,9 @@ impl ChatTemplate {
     ) -> Result<Rendered, RenderError> {
         let mut conversation = conversation.clone();
         let marker = conversation.defuse(controls)?;
+        if self.forgets_calls {
+            conversation.messages.iter_mut().for_each(write_calls);
+        }
         let text = self
             .run(&conversation.messages, conversation.tools.as_ref(), self.content)
             .map_err(|error| RenderError { field: "messages".to_owned(), reason: describe(&error) })?;
@@ -146,6 +184,10 @@ impl ContentForm {
         if self == ContentForm::Parts {
             let text = message["content"].take();
             message["content"] = json!([{"type": "text", "text": text}]);
+            // MiniMax's template reads there which tool a result is of.
+            if message["role"] == "tool" && message["name"].is_string() {
+                message["content"][0]["name"] = message["name"].clone();
+            }
         }
         message
     }
@@ -159,7 +201,8 @@ impl TryFrom<proto::ChatPrompt> for Conversation {
             return Err(invalid("messages", "must hold at least one message"));
         }
         let messages = prompt.messages.into_iter().enumerate().map(|(index, message)| parse(index, message));
-        let messages = messages.collect::<Result<_, _>>()?;
+        let mut messages = messages.collect::<Result<Vec<Value>, _>>()?;
+        name_tool_results(&mut messages);
         let tools = json_array("tools_json", &prompt.tools_json)?;
         Ok(Conversation { messages, tools })
     }
@@ -207,6 +250,48 @@ fn parse(index: usize, message: proto::ChatMessage) -> Result<Value, RenderError
         out["tool_calls"] = calls;
     }
     Ok(out)
+}
+
+/// OpenAI's clients say which call a result answers, not which tool: the call says that.
+fn name_tool_results(messages: &mut [Value]) {
+    let mut names = Map::new();
+    for message in messages {
+        for call in message["tool_calls"].as_array().into_iter().flatten() {
+            if let Some(id) = call["id"].as_str() {
+                names.insert(id.to_owned(), call["function"]["name"].clone());
+            }
+        }
+        let named = message["tool_call_id"].as_str().and_then(|id| names.get(id)).cloned();
+        if let Some(name) = named
+            && message["role"] == "tool"
+            && message["name"].is_null()
+        {
+            message["name"] = name;
+        }
+    }
+}
+
+/// Appends a message's calls to its text, as the model would have written them.
+fn write_calls(message: &mut Value) {
+    let Some(calls) = message["tool_calls"].as_array() else { return };
+    let mut text = message["content"].as_str().unwrap_or_default().to_owned();
+    text.push_str(BLOCK_OPENS);
+    for call in calls {
+        let function = &call["function"];
+        let line = json!({"name": function["name"], "arguments": function["arguments"]});
+        text.push_str(&python_json(&line));
+        text.push('\n');
+    }
+    text.push_str(BLOCK_CLOSES);
+    message["content"] = text.into();
+}
+
+/// On one line, as `json.dumps(value, ensure_ascii=False)`.
+fn python_json(value: &impl Serialize) -> String {
+    let mut out = Vec::new();
+    let mut serializer = serde_json::Serializer::with_formatter(&mut out, PythonSpacing);
+    value.serialize(&mut serializer).expect("JSON values can be written");
+    String::from_utf8(out).expect("JSON is UTF-8")
 }
 
 /// OpenAI's clients send a call's arguments as a string of JSON; templates expect the object.

@@ -105,3 +105,33 @@ fn a_template_that_cannot_work_is_refused_at_load() {
     assert!(matches!(load("{% for %}"), Err(TemplateError::Syntax { .. })));
     assert!(matches!(load("Always the same."), Err(TemplateError::Deaf { .. })));
 }
+
+#[test]
+fn a_template_says_how_tools_are_called() {
+    let format = |source: &str| template(source).tool_format();
+    assert_eq!(format("{{ messages[0].content }}"), None);
+    let block = "{{ messages[0].content }}{% if tools %}Answer with <tool_calls></tool_calls>.{% endif %}";
+    assert_eq!(format(block), Some(ToolFormat::Block));
+    let object = "{% for m in messages %}{{ m.content }}{% for call in m.tool_calls or [] %}{\"tool\": {{ \
+                  call.function.name | tojson }}, \"arguments\": {{ call.function.arguments | tojson }}}\
+                  {% endfor %}{% endfor %}";
+    assert_eq!(format(object), Some(ToolFormat::Object));
+}
+
+#[test]
+fn calls_that_a_template_forgets_are_written_into_their_message() {
+    // As MiniMax's: calls are taught in the tools' section, results name their tool, past calls are left out.
+    let source = "{% if tools %}Answer with <tool_calls></tool_calls>.{% endif %}{% for m in messages %}[{{ m.role }}] \
+                  {% for part in m.content %}{% if m.role == 'tool' %}{{ part.name }}: {% endif %}{{ part.text }}\
+                  {% endfor %};{% endfor %}";
+    let call = r#"[{"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{\"a\": [1, \"</s>\"]}"}}]"#;
+    let called = proto::ChatMessage { tool_calls_json: call.into(), ..message("assistant", "Let me see.") };
+    let result = proto::ChatMessage { tool_call_id: "c1".into(), ..message("tool", "It is 1.") };
+    let conversation =
+        conversation(vec![message("user", "?"), called, result], "").expect("a valid conversation");
+    let rendered = template(source).render(&conversation, &controls()).expect("it renders");
+    let marker = rendered.marker.expect("the user's </s> is defused");
+    let expect = "[user] ?;[assistant] Let me see.<tool_calls>\n{\"name\": \"f\", \"arguments\": {\"a\": [1, \
+                  \"<¦/s>\"]}}\n</tool_calls>;[tool] f: It is 1.;";
+    assert_eq!(rendered.text, expect.replace('¦', &marker.to_string()));
+}

@@ -37,6 +37,13 @@ impl Detokenizer {
         None
     }
 
+    /// The same where stop strings do not count yet: text that was held back is out with it, and begins none.
+    pub fn push_unwatched(&mut self, bytes: &[u8], out: &mut String) {
+        self.decode(bytes);
+        out.push_str(&self.held);
+        self.held.clear();
+    }
+
     /// The sequence has ended without a stop string: what was held back is text after all.
     pub fn finish(&mut self, out: &mut String) {
         out.push_str(&self.held);

@@ -19,6 +19,7 @@ use self::mailbox::{Delivery, Ending, Grant, Mailbox, Outlet};
 use self::pace::Pace;
 use self::room::CacheRoom;
 use self::sequence::Sequence;
+use crate::constraint::{Masks, Plan};
 use crate::model::{Cost, Logits, Model, Runner, Span};
 use crate::sampler::{Sampler, Sampling};
 use crate::scheduler::{Arrival, Priority, Scheduler, SchedulerLimits, SequenceId, Work};
@@ -48,6 +49,8 @@ pub struct EngineLimits {
     pub preempt_lag_tokens: u64,
     /// How long a step that computes a prompt too may take, in steps that only decode.
     pub mixed_step_ratio: f64,
+    /// Threads that compute the masks of constrained sequences beside the step.
+    pub mask_threads: usize,
 }
 
 /// A sequence to generate. Valid by construction: see [`crate::service`].
@@ -61,6 +64,12 @@ pub struct Submission {
     pub output_tokens_max: usize,
     pub grant: Grant,
     pub sampling: Sampling,
+    /// Stop ids, stop strings and the end of sequence count after these. At most `output_tokens_max`.
+    pub output_tokens_min: usize,
+    /// Log-probabilities are told, with those of this many likeliest tokens.
+    pub top_logprobs: Option<usize>,
+    /// Has `resume_ids` behind it.
+    pub constraint: Option<Plan>,
     /// None is empty.
     pub stop_strings: Arc<[String]>,
     pub stop_ids: Vec<u32>,
@@ -70,6 +79,29 @@ pub struct Submission {
     pub tenant_weight: u32,
     pub priority: Priority,
     pub deadline: Option<Instant>,
+}
+
+impl Submission {
+    /// Greedy, granted in full, and ended by nothing but the model; the rest is up to the caller.
+    pub fn new(prompt_ids: Vec<u32>, output_tokens_max: usize) -> Submission {
+        Submission {
+            prompt_ids,
+            resume_ids: Vec::new(),
+            output_tokens_max,
+            grant: Grant { output_tokens: output_tokens_max as u64, is_final: true },
+            sampling: Sampling::greedy(),
+            output_tokens_min: 0,
+            top_logprobs: None,
+            constraint: None,
+            stop_strings: Arc::new([]),
+            stop_ids: Vec::new(),
+            ignore_end_of_sequence: false,
+            tenant: "".into(),
+            tenant_weight: 1,
+            priority: Priority::Normal,
+            deadline: None,
+        }
+    }
 }
 
 /// Why a submission was not taken.
@@ -227,6 +259,8 @@ impl Remote {
     }
 }
 
+/// Only reserved; a page is used when it is touched.
+const ENGINE_STACK_BYTES: usize = 64 << 20;
 const RETRY_AFTER_MIN: Duration = Duration::from_secs(1);
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
 
@@ -239,6 +273,7 @@ pub fn start(
 ) -> std::io::Result<EngineHandle> {
     let (submissions, arrivals) = sync_channel(limits.slots + limits.waiting_max);
     let odometer = Arc::new(Odometer::default());
+    let masks = Masks::start(limits.mask_threads, limits.slots)?;
     let scheduler = Scheduler::new(SchedulerLimits {
         slots: limits.slots,
         waiting_max: limits.waiting_max,
@@ -261,6 +296,7 @@ pub fn start(
         door_is_open: true,
         scheduler,
         sampler: Sampler::default(),
+        masks,
         sequences: BTreeMap::new(),
         next_id: 0,
         odometer: odometer.clone(),
@@ -268,7 +304,9 @@ pub fn start(
         endings: Vec::new(),
         text: String::new(),
     };
-    let thread = std::thread::Builder::new().name("engine".to_owned()).spawn(move || engine.run())?;
+    // It follows grammars, which may be deep.
+    let thread = std::thread::Builder::new().name("engine".to_owned()).stack_size(ENGINE_STACK_BYTES);
+    let thread = thread.spawn(move || engine.run())?;
     Ok(EngineHandle(Arc::new(Door { submissions: Some(submissions), thread, odometer })))
 }
 
@@ -283,6 +321,7 @@ struct Engine {
     runner: Runner,
     cache: StateCache,
     sampler: Sampler,
+    masks: Masks,
     sequences: BTreeMap<SequenceId, Sequence>,
     next_id: u64,
     pace: Pace,
@@ -473,23 +512,26 @@ impl Engine {
                 continue;
             }
             let row = rows.next().expect("the model gives a row of logits for each span that asks");
-            let Some(token) = self.sampler.sample(row, &sequence.sampling, sequence.tokens.len() as u64)
-            else {
-                self.endings.push((work.id, Ending::Broken("the model computed logits that are not finite")));
-                continue;
+            let sampled = match sequence.choose(row, &mut self.sampler) {
+                Ok(sampled) => sampled,
+                Err(ending) => {
+                    self.endings.push((work.id, ending));
+                    continue;
+                }
             };
             output_tokens += 1;
             self.text.clear();
-            match sequence.advance(token, &self.tokenizer, &mut self.text) {
+            match sequence.advance(sampled.id, &self.tokenizer, &mut self.text) {
                 None => {
-                    sequence.outlet().token(token, &self.text, sequence.usage());
+                    sequence.outlet().token(sampled, &self.text, sequence.usage());
+                    sequence.prepare(&self.masks);
                     self.scheduler.sampled(work.id);
                 }
-                Some(ending) => retired.push((work.id, token, self.text.clone(), ending)),
+                Some(ending) => retired.push((work.id, sampled, self.text.clone(), ending)),
             }
         }
-        for (id, token, text, ending) in retired {
-            self.retire(id, |sequence| sequence.end_after(token, &text, ending));
+        for (id, sampled, text, ending) in retired {
+            self.retire(id, |sequence| sequence.end_after(sampled, &text, ending));
         }
         self.end_sequences();
         self.odometer.prompt_tokens_total.fetch_add(prompt_tokens as u64, Ordering::Relaxed);

@@ -26,18 +26,10 @@ const ALL: Grant = Grant { output_tokens: u64::MAX, is_final: true };
 
 fn submission(prompt_ids: Vec<u32>, output_tokens_max: usize) -> Submission {
     Submission {
-        prompt_ids,
-        resume_ids: Vec::new(),
-        output_tokens_max,
         grant: ALL,
-        sampling: Sampling::GREEDY,
-        stop_strings: Arc::new([]),
-        stop_ids: Vec::new(),
         ignore_end_of_sequence: true,
         tenant: "test".into(),
-        tenant_weight: 1,
-        priority: Priority::Normal,
-        deadline: None,
+        ..Submission::new(prompt_ids, output_tokens_max)
     }
 }
 

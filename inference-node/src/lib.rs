@@ -4,7 +4,8 @@
 //!   service (gRPC) --> engine (one thread) --> scheduler (pure: queues + budgets -> batch)
 //!       |                   |
 //!   tokenizer,              +--> model --> kernel
-//!   chat template           +--> state (slots, KV pages)
+//!   chat template,          +--> state (slots, KV pages)
+//!   constraint              +--> sampler, constraint (masks)
 //! ```
 //!
 //! [`node::Node`] is the whole of it; a gateway embeds one, `sluice-node serve` runs one.
@@ -15,6 +16,7 @@ pub mod chat_template;
 pub mod checkpoint;
 pub mod cli;
 pub mod config;
+pub mod constraint;
 pub mod detokenizer;
 pub mod engine;
 #[allow(unsafe_code)]
@@ -26,3 +28,4 @@ pub mod scheduler;
 pub mod service;
 pub mod state;
 pub mod tokenizer;
+pub mod tool_calls;

@@ -13,6 +13,7 @@
 //! ```
 
 use crate::chat_template::{ChatTemplate, TemplateError};
+use crate::constraint::{ConstraintLimits, Grammars};
 use crate::engine::{self, EngineHandle, EngineLimits};
 use crate::kernel::Dtype;
 use crate::model::{LoadOptions, Model};
@@ -91,6 +92,17 @@ pub struct NodeOptions {
     /// flowing more evenly, larger computes prompts faster
     #[arg(long, value_name = "RATIO", default_value_t = DEFAULT_MIXED_STEP_RATIO)]
     pub mixed_step_ratio: f64,
+    /// Longest schema, pattern, grammar or list of tools that constrains an output
+    #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_CONSTRAINT_BYTES_MAX)]
+    pub constraint_bytes_max: usize,
+
+    /// How long a request waits for its constraint to be compiled before it is refused
+    #[arg(long, value_name = "MS", default_value_t = DEFAULT_CONSTRAINT_WAIT_MS)]
+    pub constraint_wait_ms: u64,
+
+    /// Threads that compile constraints, and as many that compute their masks beside the step
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_CONSTRAINT_THREADS)]
+    pub constraint_threads: usize,
 
     /// Longest text that Tokenize takes
     #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_TOKENIZE_BYTES_MAX)]
@@ -107,6 +119,9 @@ const DEFAULT_PREEMPT_AFTER_TOKENS: u64 = 64;
 const DEFAULT_PREEMPT_LAG_TOKENS: u64 = 2048;
 const DEFAULT_MIXED_STEP_RATIO: f64 = 2.5;
 const DEFAULT_TOKENIZE_BYTES_MAX: usize = 8 << 20;
+const DEFAULT_CONSTRAINT_BYTES_MAX: usize = 256 << 10;
+const DEFAULT_CONSTRAINT_WAIT_MS: u64 = 5_000;
+const DEFAULT_CONSTRAINT_THREADS: usize = 1;
 const DEFAULT_CACHE_BYTES_MAX: u64 = 4 << 30;
 
 /// Holds a prompt of a million ids, and the text of one.
@@ -131,6 +146,9 @@ impl NodeOptions {
             preempt_after_tokens: DEFAULT_PREEMPT_AFTER_TOKENS,
             preempt_lag_tokens: DEFAULT_PREEMPT_LAG_TOKENS,
             mixed_step_ratio: DEFAULT_MIXED_STEP_RATIO,
+            constraint_bytes_max: DEFAULT_CONSTRAINT_BYTES_MAX,
+            constraint_wait_ms: DEFAULT_CONSTRAINT_WAIT_MS,
+            constraint_threads: DEFAULT_CONSTRAINT_THREADS,
             tokenize_bytes_max: DEFAULT_TOKENIZE_BYTES_MAX,
         }
     }
@@ -142,11 +160,13 @@ impl NodeOptions {
             ("slots", self.slots),
             ("waiting-max", self.waiting_max),
             ("tokenize-bytes-max", self.tokenize_bytes_max),
+            ("constraint-bytes-max", self.constraint_bytes_max),
+            ("constraint-threads", self.constraint_threads),
         ] {
             if value == 0 {
                 return refuse(field, "must be at least 1".to_owned());
             }
-            if field == "threads" && value > THREADS_MAX {
+            if field.ends_with("threads") && value > THREADS_MAX {
                 return refuse(field, format!("must be at most {THREADS_MAX}"));
             }
         }
@@ -249,7 +269,20 @@ impl Node {
             preempt_after_tokens: options.preempt_after_tokens,
             preempt_lag_tokens: options.preempt_lag_tokens,
             mixed_step_ratio: options.mixed_step_ratio,
+            mask_threads: options.constraint_threads,
         };
+        let grammars = Grammars::start(
+            &tokenizer,
+            &end_of_sequence,
+            template.as_ref().and_then(ChatTemplate::tool_format),
+            ConstraintLimits {
+                source_bytes_max: options.constraint_bytes_max,
+                compile_wait_max: Duration::from_millis(options.constraint_wait_ms),
+                compile_threads: options.constraint_threads,
+                compile_waiting_max: options.waiting_max,
+            },
+        )
+        .map_err(StartError::Thread)?;
         let engine =
             engine::start(model, tokenizer.clone(), end_of_sequence, limits).map_err(StartError::Thread)?;
         let limits = ServiceLimits {
@@ -266,7 +299,7 @@ impl Node {
             load_ms = started_at.elapsed().as_millis() as u64,
             "the engine runs"
         );
-        let service = Service::new(engine, tokenizer, template, description, limits);
+        let service = Service::new(engine, tokenizer, template, grammars, description, limits);
         Ok(Node { dtype, service, health: HealthReporter::new() })
     }
 

@@ -1,6 +1,7 @@
 //! The node over gRPC, as a gateway sees it.
 
 use super::*;
+use proto::constraint::Kind;
 use proto::generate_request::Command;
 use proto::generate_response::Event;
 use proto::node_service_client::NodeServiceClient;
@@ -137,6 +138,16 @@ async fn the_deadline_of_the_call_is_kept() {
     assert_eq!(finish_reason(frames.last().expect("frames")), proto::FinishReason::Deadline);
 }
 
+fn shaped(shape: impl FnOnce(&mut proto::Sampling)) -> proto::Start {
+    let mut sampling = proto::Sampling::default();
+    shape(&mut sampling);
+    proto::Start { sampling: Some(sampling), ..start(vec![5], 2) }
+}
+
+fn constrained(kind: Option<Kind>) -> proto::Start {
+    proto::Start { constraint: Some(proto::Constraint { kind }), ..start(vec![5], 200) }
+}
+
 #[tokio::test]
 async fn bad_requests_name_the_field() {
     let (_node, channel) = serve(|_| {}).await;
@@ -151,6 +162,17 @@ async fn bad_requests_name_the_field() {
         ("sampling.top_p", proto::Start { sampling: sampling(1.0, 2.0), ..start(vec![5], 2) }),
         ("tenant_weight", proto::Start { tenant_weight: 1001, ..start(vec![5], 2) }),
         ("priority", proto::Start { priority: 77, ..start(vec![5], 2) }),
+        ("output_tokens_min", proto::Start { output_tokens_min: 3, ..start(vec![5], 2) }),
+        ("top_logprobs", proto::Start { top_logprobs: Some(21), ..start(vec![5], 2) }),
+        ("sampling.min_p", shaped(|s| s.min_p = -0.1)),
+        ("sampling.repetition_penalty", shaped(|s| s.repetition_penalty = 11.0)),
+        ("sampling.frequency_penalty", shaped(|s| s.frequency_penalty = 3.0)),
+        ("sampling.presence_penalty", shaped(|s| s.presence_penalty = f32::NAN)),
+        ("sampling.logit_bias", shaped(|s| s.logit_bias = [(4096, 1.0)].into())),
+        ("constraint", constrained(None)),
+        ("constraint.regex", constrained(Some(Kind::Regex("(".into())))),
+        ("constraint.json_schema", constrained(Some(Kind::JsonSchema("[]".into())))),
+        ("constraint.tool_calls.tools_json", constrained(Some(Kind::ToolCalls(Default::default())))),
     ]);
     for (field, start) in cases {
         let status = generate(&channel, start).await.map(drop).expect_err(field);
@@ -294,4 +316,78 @@ fn start_errors_say_what_to_do() {
         std::fs::copy(demo.join(file), bare.path().join(file)).expect("copied");
     }
     assert!(refuse(NodeOptions::new(bare.path())).contains("put the tokenizer.json of the model beside"));
+}
+
+const TOOLS: &str = r#"[{"type": "function", "function": {"name": "look_up", "parameters": {
+    "type": "object", "properties": {"word": {"enum": ["kite", "fox"]}}, "required": ["word"]}}}]"#;
+
+/// What the deltas say of calls, put together; and their text.
+fn calls_of(frames: &[proto::GenerateResponse]) -> (Vec<(String, String)>, String) {
+    let (mut calls, mut text) = (Vec::<(String, String)>::new(), String::new());
+    for frame in frames {
+        let Some(Event::Delta(delta)) = &frame.event else { continue };
+        text.push_str(&delta.text);
+        for piece in &delta.tool_calls {
+            if piece.index as usize == calls.len() {
+                calls.push(Default::default());
+            }
+            let (name, arguments) = calls.last_mut().expect("a call has begun");
+            name.push_str(&piece.name);
+            arguments.push_str(&piece.arguments);
+        }
+    }
+    (calls, text)
+}
+
+#[tokio::test]
+async fn tool_calls_come_as_calls_and_go_on_elsewhere() {
+    let (_node, channel) = serve(|_| {}).await;
+    let required = proto::ToolCalls {
+        tools_json: TOOLS.into(),
+        choice: proto::ToolChoice::Required.into(),
+        ..Default::default()
+    };
+    let begin = constrained(Some(Kind::ToolCalls(required)));
+    let (_commands, stream) = generate(&channel, begin.clone()).await.expect("accepted");
+    let whole = frames(stream).await;
+    let (calls, text) = calls_of(&whole);
+    assert_eq!((calls.len(), calls[0].0.as_str(), text.as_str()), (1, "look_up", ""));
+    assert!(matches!(calls[0].1.replace(' ', "").as_str(), r#"{"word":"kite"}"# | r#"{"word":"fox"}"#));
+    assert_eq!(finish_reason(whole.last().expect("frames")), proto::FinishReason::Stop);
+
+    for cut in 1..whole.len() {
+        let (before, _) = whole.split_at(cut);
+        let resume_ids: Vec<u32> = before
+            .iter()
+            .filter_map(|frame| match &frame.event {
+                Some(Event::Delta(delta)) => Some(delta.ids.as_slice()),
+                _ => None,
+            })
+            .flatten()
+            .copied()
+            .collect();
+        let resumed = proto::Start { resume_ids, ..begin.clone() };
+        let (_commands, stream) = generate(&channel, resumed).await.expect("accepted");
+        let joined = [before.to_vec(), frames(stream).await].concat();
+        assert_eq!(calls_of(&joined).0, calls, "cut before frame {cut}");
+    }
+}
+
+#[tokio::test]
+async fn log_probabilities_come_with_their_tokens() {
+    let (_node, channel) = serve(|_| {}).await;
+    let begin = proto::Start { top_logprobs: Some(3), ..start(vec![5, 6, 7], 10) };
+    let (_commands, stream) = generate(&channel, begin).await.expect("accepted");
+    let mut tokens = 0;
+    for frame in frames(stream).await {
+        let Some(Event::Delta(delta)) = frame.event else { continue };
+        assert_eq!(delta.ids.len(), delta.logprobs.len());
+        for (id, logprobs) in delta.ids.iter().zip(&delta.logprobs) {
+            let chosen = logprobs.chosen.as_ref().expect("the chosen token");
+            assert_eq!((chosen.id, logprobs.top.len()), (*id, 3));
+            assert!(chosen.logprob <= 0.0 && !logprobs.top[0].bytes.is_empty());
+            tokens += 1;
+        }
+    }
+    assert_eq!(tokens, 10);
 }

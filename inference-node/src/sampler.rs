@@ -1,146 +1,127 @@
 //! From a row of logits to a token.
 //!
-//! Random numbers are counter-based: the one at position p of a sequence depends on (seed, p) alone. Nothing has to be
-//! carried along when a sequence is preempted, replayed or moved to another node. No allocation per token.
+//! ```text
+//! logits -> penalties, biases -> mask of the constraint -> temperature -> min_p -> top_k -> top_p -> draw
+//!    +----> log-probabilities, of the row as the model computed it
+//! ```
+//! Random numbers are counter-based: the one at position p of a sequence depends on (seed, p) alone, and penalties on
+//! the sequence's own tokens. Nothing else has to be carried along when a sequence is preempted, replayed or moved to
+//! another node. No allocation per token; what a token costs is a few passes over the row.
 
-/// How a sequence chooses its tokens. Valid by construction: see [`Sampling::new`].
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Sampling {
-    temperature: f32,
-    top_p: f32,
-    top_k: usize,
-    seed: u64,
-}
+mod history;
+mod logprobs;
+mod settings;
+mod weights;
 
-#[derive(Debug, thiserror::Error, PartialEq)]
-pub enum SamplingError {
-    #[error("must be a finite number of at least 0, not {0}")]
-    Temperature(f32),
-    #[error("must be in (0, 1], or 0 for no limit, not {0}")]
-    TopP(f32),
-}
+pub use self::history::History;
+pub use self::logprobs::TokenLogprobs;
+pub use self::settings::{
+    LOGIT_BIAS_LIMIT, LOGIT_BIAS_MAX, Penalties, Sampling, SamplingError, Settings, TOP_LOGPROBS_MAX,
+};
+use self::weights::{Cut, Share};
 
-impl SamplingError {
-    pub fn field(&self) -> &'static str {
-        match self {
-            SamplingError::Temperature(_) => "temperature",
-            SamplingError::TopP(_) => "top_p",
-        }
-    }
-}
-
-impl Sampling {
-    pub const GREEDY: Sampling = Sampling { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 0 };
-
-    /// `temperature` 0 is greedy; `top_p` 0 and `top_k` 0 mean no limit.
-    pub fn new(temperature: f32, top_p: f32, top_k: u32, seed: u64) -> Result<Sampling, SamplingError> {
-        if !(temperature.is_finite() && temperature >= 0.0) {
-            return Err(SamplingError::Temperature(temperature));
-        }
-        if !(0.0..=1.0).contains(&top_p) {
-            return Err(SamplingError::TopP(top_p));
-        }
-        let top_p = if top_p == 0.0 { 1.0 } else { top_p };
-        Ok(Sampling { temperature, top_p, top_k: top_k as usize, seed })
-    }
+/// What decides a sequence's next token.
+#[derive(Clone, Copy)]
+pub struct Choice<'a> {
+    /// As the model computed it: an element for each id.
+    pub logits: &'a [f32],
+    pub sampling: &'a Sampling,
+    pub history: &'a History,
+    /// A bit for each id that a constraint allows; at least one is set.
+    pub mask: Option<&'a [u32]>,
+    /// Ids that must wait: those that would end the sequence too early. They come after all, where a constraint
+    /// leaves nothing else.
+    pub suppressed: &'a [u32],
+    /// Of the token in its sequence; the first prompt token is at 0.
+    pub position: u64,
 }
 
 /// Scratch space for one thread.
 #[derive(Default)]
 pub struct Sampler {
-    candidates: Vec<Candidate>,
-}
-
-#[derive(Clone, Copy)]
-struct Candidate {
-    id: u32,
-    logit: f32,
-    /// Relative to the most likely token's, which is 1.
-    weight: f64,
+    row: Vec<f32>,
+    weights: Vec<f32>,
+    sums: Vec<f64>,
+    cut: Cut,
 }
 
 impl Sampler {
-    /// The token at `position` of its sequence (the first prompt token is at 0). `None` if the row holds a NaN or an
-    /// infinity where the maximum should be: the model is broken, and no token is better than another.
-    pub fn sample(&mut self, logits: &[f32], sampling: &Sampling, position: u64) -> Option<u32> {
-        let best = argmax(logits)?;
-        if sampling.temperature == 0.0 || sampling.top_k == 1 {
-            return Some(best);
+    /// `None` if the row holds a NaN, or an infinity where the maximum should be: the model is broken, and no token is
+    /// better than another.
+    pub fn sample(&mut self, choice: &Choice<'_>) -> Option<u32> {
+        let peak = weights::peak(choice.logits)?;
+        if !choice.adjusts() {
+            return Some(self.pick(choice.logits, peak, choice));
         }
-        self.weigh(logits, logits[best as usize], sampling);
-        self.keep_top_k(sampling.top_k);
-        self.keep_top_p(sampling.top_p);
-        Some(self.draw(unit(sampling.seed, position)))
-    }
-
-    fn weigh(&mut self, logits: &[f32], best: f32, sampling: &Sampling) {
-        self.candidates.clear();
-        self.candidates.extend(logits.iter().zip(0u32..).map(|(&logit, id)| {
-            let weight = f64::from((logit - best) / sampling.temperature).exp();
-            Candidate { id, logit, weight: if weight.is_nan() { 0.0 } else { weight } }
-        }));
-    }
-
-    fn keep_top_k(&mut self, top_k: usize) {
-        if top_k == 0 || top_k >= self.candidates.len() {
-            return;
-        }
-        self.candidates.select_nth_unstable_by(top_k - 1, likelier);
-        self.candidates.truncate(top_k);
-        // The selection leaves no order of its own; ids give the draw one.
-        self.candidates.sort_unstable_by_key(|c| c.id);
-    }
-
-    /// Keeps the smallest set of likeliest tokens whose probability is at least `top_p`.
-    fn keep_top_p(&mut self, top_p: f32) {
-        if top_p >= 1.0 {
-            return;
-        }
-        let top_p = f64::from(top_p);
-        let total: f64 = self.candidates.iter().map(|c| c.weight).sum();
-        // Tokens below this weight hold less than 1 - top_p together, so none is in the set: no need to sort them.
-        let floor = total * (1.0 - top_p) / self.candidates.len() as f64;
-        self.candidates.retain(|c| c.weight >= floor);
-        self.candidates.sort_unstable_by(likelier);
-        let mut mass = 0.0;
-        let kept = self.candidates.iter().position(|c| {
-            mass += c.weight;
-            mass >= total * top_p
+        let mut row = std::mem::take(&mut self.row);
+        choice.adjust(&mut row);
+        let peak = weights::peak(&row).or_else(|| {
+            Choice { suppressed: &[], ..*choice }.adjust(&mut row);
+            weights::peak(&row)
         });
-        self.candidates.truncate(kept.map_or(self.candidates.len(), |at| at + 1));
+        let token = peak.map(|peak| self.pick(&row, peak, choice));
+        self.row = row;
+        token
     }
 
-    /// `unit` in [0, 1).
-    fn draw(&self, unit: f64) -> u32 {
-        let total: f64 = self.candidates.iter().map(|c| c.weight).sum();
-        let mut rest = unit * total;
-        let mut last = 0;
-        for candidate in self.candidates.iter().filter(|c| c.weight > 0.0) {
-            if rest < candidate.weight {
-                return candidate.id;
+    /// `peak` is the largest of `row`.
+    fn pick(&mut self, row: &[f32], peak: f32, choice: &Choice<'_>) -> u32 {
+        let sampling = choice.sampling;
+        let id = if sampling.temperature == 0.0 || sampling.top_k == 1 {
+            weights::position_of(row, peak).expect("the peak is in its row")
+        } else {
+            weights::weigh(row, peak, sampling.temperature, &mut self.weights);
+            self.cut_tail(sampling);
+            weights::draw(&self.weights, unit(sampling.seed, choice.position), &mut self.sums)
+        };
+        id as u32
+    }
+
+    fn cut_tail(&mut self, sampling: &Sampling) {
+        if sampling.min_p > 0.0 {
+            // The likeliest weighs 1, so a weight is the ratio that min_p speaks of.
+            self.weights.iter_mut().for_each(|w| *w = if *w < sampling.min_p { 0.0 } else { *w });
+        }
+        if sampling.top_k > 0 && sampling.top_k < self.weights.len() {
+            self.cut.keep(&mut self.weights, Share::Count(sampling.top_k));
+        }
+        if sampling.top_p < 1.0 {
+            self.cut.keep(&mut self.weights, Share::Mass(f64::from(sampling.top_p)));
+        }
+    }
+}
+
+impl Choice<'_> {
+    fn adjusts(&self) -> bool {
+        self.mask.is_some()
+            || !self.suppressed.is_empty()
+            || !self.history.is_empty()
+            || !self.sampling.logit_bias.is_empty()
+    }
+
+    /// Writes the row to choose from.
+    fn adjust(&self, row: &mut Vec<f32>) {
+        row.clear();
+        row.extend_from_slice(self.logits);
+        self.history.penalise(&self.sampling.penalties, row);
+        for &(id, bias) in self.sampling.logit_bias.iter() {
+            row[id as usize] += bias;
+        }
+        for &id in self.suppressed {
+            row[id as usize] = f32::NEG_INFINITY;
+        }
+        if let Some(mask) = self.mask {
+            for (logits, &allowed) in row.chunks_mut(32).zip(mask) {
+                match allowed {
+                    u32::MAX => {}
+                    0 => logits.fill(f32::NEG_INFINITY),
+                    _ => logits.iter_mut().enumerate().for_each(|(bit, logit)| {
+                        *logit = if allowed >> bit & 1 == 1 { *logit } else { f32::NEG_INFINITY };
+                    }),
+                }
             }
-            rest -= candidate.weight;
-            last = candidate.id;
-        }
-        last // rounding used up the last candidate's share
-    }
-}
-
-fn likelier(a: &Candidate, b: &Candidate) -> std::cmp::Ordering {
-    b.logit.total_cmp(&a.logit).then(a.id.cmp(&b.id))
-}
-
-/// The largest logit; of equal ones, the lowest id.
-fn argmax(logits: &[f32]) -> Option<u32> {
-    let (mut best, mut best_id) = (f32::NEG_INFINITY, 0);
-    let mut broken = logits.is_empty();
-    for (&logit, id) in logits.iter().zip(0u32..) {
-        broken |= logit.is_nan();
-        if logit > best {
-            (best, best_id) = (logit, id);
         }
     }
-    (!broken && best.is_finite()).then_some(best_id)
 }
 
 /// The number in [0, 1) at `counter` of the stream `key`: 53 bits of Philox4x32-10.
@@ -173,11 +154,16 @@ mod tests {
 
     const LOGITS: [f32; 6] = [0.0, 3.0, 1.0, 3.0, -2.0, 2.0];
 
+    fn choose(logits: &[f32], sampling: &Sampling, position: u64) -> Option<u32> {
+        let history = History::default();
+        let choice = Choice { logits, sampling, history: &history, mask: None, suppressed: &[], position };
+        Sampler::default().sample(&choice)
+    }
+
     fn draws(sampling: impl Fn(u64) -> Sampling, count: u64) -> Vec<f64> {
-        let mut sampler = Sampler::default();
         let mut share = vec![0.0; LOGITS.len()];
         for position in 0..count {
-            let id = sampler.sample(&LOGITS, &sampling(7), position).expect("finite logits");
+            let id = choose(&LOGITS, &sampling(7), position).expect("finite logits");
             share[id as usize] += 1.0 / count as f64;
         }
         share
@@ -192,16 +178,15 @@ mod tests {
 
     #[test]
     fn greedy_ties_go_to_the_lowest_id() {
-        assert_eq!(Sampler::default().sample(&LOGITS, &Sampling::GREEDY, 0), Some(1));
+        assert_eq!(choose(&LOGITS, &Sampling::greedy(), 0), Some(1));
     }
 
     #[test]
     fn a_broken_row_yields_no_token() {
-        let mut sampler = Sampler::default();
         for row in
             [&[f32::NAN, 1.0][..], &[1.0, f32::NAN], &[f32::INFINITY, 0.0], &[f32::NEG_INFINITY; 2], &[]]
         {
-            assert_eq!(sampler.sample(row, &Sampling::GREEDY, 0), None, "{row:?}");
+            assert_eq!(choose(row, &Sampling::greedy(), 0), None, "{row:?}");
         }
     }
 
@@ -239,21 +224,69 @@ mod tests {
     #[test]
     fn a_token_depends_on_seed_and_position_alone() {
         let sampling = Sampling::new(1.0, 0.95, 5, 42).expect("valid");
-        let mut forth = Sampler::default();
-        let expect: Vec<_> = (0..50).map(|p| forth.sample(&LOGITS, &sampling, p)).collect();
-        let mut back = Sampler::default();
-        let mut got: Vec<_> = (0..50).rev().map(|p| back.sample(&LOGITS, &sampling, p)).collect();
+        let expect: Vec<_> = (0..50).map(|p| choose(&LOGITS, &sampling, p)).collect();
+        let mut got: Vec<_> = (0..50).rev().map(|p| choose(&LOGITS, &sampling, p)).collect();
         got.reverse();
         assert_eq!(got, expect);
         let other = Sampling::new(1.0, 0.95, 5, 43).expect("valid");
-        assert_ne!((0..50).map(|p| forth.sample(&LOGITS, &other, p)).collect::<Vec<_>>(), expect);
+        assert_ne!((0..50).map(|p| choose(&LOGITS, &other, p)).collect::<Vec<_>>(), expect);
     }
 
     #[test]
-    fn nonsense_is_refused_by_name() {
-        assert_eq!(Sampling::new(-1.0, 1.0, 0, 0).map_err(|e| e.field()), Err("temperature"));
-        assert_eq!(Sampling::new(f32::NAN, 1.0, 0, 0).map_err(|e| e.field()), Err("temperature"));
-        assert_eq!(Sampling::new(1.0, 1.5, 0, 0).map_err(|e| e.field()), Err("top_p"));
-        assert_eq!(Sampling::new(1.0, f32::NAN, 0, 0).map_err(|e| e.field()), Err("top_p"));
+    fn min_p_is_relative_to_the_likeliest() {
+        let min_p = |seed| Settings { temperature: 1.0, min_p: 0.3, seed, ..Settings::default() };
+        let share = draws(|seed| Sampling::try_from(min_p(seed)).expect("valid"), 2_000);
+        // e^-1 = 0.37 stays, e^-2 = 0.14 does not.
+        assert!([1, 3, 5].iter().all(|&id| share[id] > 0.0) && share[0] + share[2] + share[4] == 0.0);
+    }
+
+    #[test]
+    fn a_mask_binds_and_suppression_gives_way_to_it() {
+        let history = History::default();
+        let greedy = Sampling::greedy();
+        let hot = Sampling::new(5.0, 1.0, 0, 1).expect("valid");
+        let check = |mask: u32, suppressed: &[u32], expect: u32| {
+            for sampling in [&greedy, &hot] {
+                let mask = [mask];
+                let choice = Choice {
+                    logits: &LOGITS,
+                    sampling,
+                    history: &history,
+                    mask: Some(&mask),
+                    suppressed,
+                    position: 3,
+                };
+                assert_eq!(Sampler::default().sample(&choice), Some(expect), "{mask:?} {suppressed:?}");
+            }
+        };
+        check(0b1_0000, &[], 4);
+        check(0b1_0010, &[1], 4);
+        check(0b1_0000, &[4], 4);
+    }
+
+    #[test]
+    fn a_bias_of_a_hundred_decides() {
+        let biased = |bias| {
+            let settings = Settings { logit_bias: vec![(4, bias)], temperature: 1.0, ..Settings::default() };
+            Sampling::try_from(settings).expect("valid")
+        };
+        for position in 0..200 {
+            assert_eq!(choose(&LOGITS, &biased(100.0), position), Some(4));
+            assert_ne!(choose(&LOGITS, &biased(-100.0), position), Some(4));
+        }
+    }
+
+    #[test]
+    fn long_rows_are_drawn_from_whole() {
+        let logits: Vec<f32> = (0..10_000).map(|id| ((id * 7919) % 1000) as f32 / 500.0).collect();
+        let seen = |sampling: &dyn Fn(u64) -> Sampling| {
+            let ids: std::collections::BTreeSet<u32> =
+                (0..3_000).filter_map(|p| choose(&logits, &sampling(p), p)).collect();
+            (*ids.first().expect("draws"), *ids.last().expect("draws"), ids.len())
+        };
+        let (first, last, distinct) = seen(&|seed| Sampling::new(1.0, 1.0, 0, seed).expect("valid"));
+        assert!(first < 100 && last > 9_900 && distinct > 2_000, "{first} {last} {distinct}");
+        let (.., distinct) = seen(&|seed| Sampling::new(1.0, 1.0, 20, seed).expect("valid"));
+        assert_eq!(distinct, 20);
     }
 }

@@ -3,14 +3,21 @@
 //! Everything is checked here, once: a [`Submission`] that leaves this module cannot fail in the engine. Errors carry
 //! google.rpc details: BadRequest names the field, RetryInfo the wait.
 
+mod shape;
+
+use self::shape::{constraint, not_compiled, sampling};
 use crate::chat_template::{ChatTemplate, Conversation};
+use crate::constraint::{Grammars, ToolFormat};
+use crate::detokenizer::Detokenizer;
 use crate::engine::mailbox::{Delivery, Ending, Grant, Usage};
 use crate::engine::{Answer, EngineHandle, Refusal, Remote, Submission};
-use crate::sampler::Sampling;
+use crate::sampler::{TOP_LOGPROBS_MAX, TokenLogprobs};
 use crate::scheduler::Priority;
 use crate::tokenizer::Tokenizer;
+use crate::tool_calls::{Reading, ToolCallDelta, ToolCallReader};
 use futures::stream::BoxStream;
 use sluice_proto::node::v1 as proto;
+use sluice_proto::node::v1::constraint::Kind;
 use sluice_proto::node::v1::generate_request::Command;
 use sluice_proto::node::v1::generate_response::Event;
 use sluice_proto::node::v1::node_service_server::NodeService;
@@ -55,6 +62,8 @@ struct Inner {
     engine: EngineHandle,
     tokenizer: Arc<Tokenizer>,
     template: Option<ChatTemplate>,
+    grammars: Grammars,
+    tool_format: Option<ToolFormat>,
     models: [proto::ModelDescription; 1],
     limits: ServiceLimits,
     node_id: String,
@@ -69,6 +78,7 @@ impl Service {
         engine: EngineHandle,
         tokenizer: Arc<Tokenizer>,
         template: Option<ChatTemplate>,
+        grammars: Grammars,
         model: proto::ModelDescription,
         limits: ServiceLimits,
     ) -> Service {
@@ -76,7 +86,9 @@ impl Service {
         Service(Arc::new(Inner {
             engine,
             tokenizer,
+            tool_format: template.as_ref().and_then(ChatTemplate::tool_format),
             template,
+            grammars,
             models: [model],
             tokenizing: Arc::new(Semaphore::new(limits.tokenize_threads)),
             limits,
@@ -148,7 +160,22 @@ impl Service {
         }
     }
 
-    fn submission(&self, start: proto::Start, deadline: Option<Instant>) -> Result<Submission, Status> {
+    /// What Generate submits to the engine, checked and with its constraint compiled.
+    pub async fn submission(
+        &self,
+        start: proto::Start,
+        deadline: Option<Instant>,
+    ) -> Result<Submission, Status> {
+        let constraint = constraint(start.constraint.as_ref())?;
+        let mut submission = self.unconstrained(start, deadline)?;
+        if let Some(constraint) = constraint {
+            let plan = self.0.grammars.plan(constraint, submission.resume_ids.clone()).await;
+            submission.constraint = Some(plan.map_err(not_compiled)?);
+        }
+        Ok(submission)
+    }
+
+    fn unconstrained(&self, start: proto::Start, deadline: Option<Instant>) -> Result<Submission, Status> {
         self.check_model(&start.model)?;
         let model = &self.0.models[0];
         check_ids("prompt_ids", &start.prompt_ids, model.vocabulary_size)?;
@@ -181,9 +208,15 @@ impl Service {
         if start.tenant_weight > TENANT_WEIGHT_MAX {
             return Err(invalid("tenant_weight", &format!("must be at most {TENANT_WEIGHT_MAX}")));
         }
-        let sampling = start.sampling.unwrap_or_default();
-        let sampling = Sampling::new(sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed)
-            .map_err(|error| invalid(&format!("sampling.{}", error.field()), &error.to_string()))?;
+        let output_tokens_min = start.output_tokens_min as usize;
+        if output_tokens_min > output_tokens_max {
+            let reason = format!("is more than the {output_tokens_max} output tokens allowed");
+            return Err(invalid("output_tokens_min", &reason));
+        }
+        if start.top_logprobs.is_some_and(|top| top > TOP_LOGPROBS_MAX) {
+            return Err(invalid("top_logprobs", &format!("must be at most {TOP_LOGPROBS_MAX}")));
+        }
+        let sampling = sampling(start.sampling.unwrap_or_default(), model.vocabulary_size)?;
         let priority = match proto::Priority::try_from(start.priority) {
             Ok(proto::Priority::Batch) => Priority::Batch,
             Ok(proto::Priority::Unspecified | proto::Priority::Normal) => Priority::Normal,
@@ -191,9 +224,9 @@ impl Service {
             Err(_) => return Err(invalid("priority", "is not one of the Priority values")),
         };
         Ok(Submission {
-            prompt_ids: start.prompt_ids,
             resume_ids: start.resume_ids,
-            output_tokens_max,
+            output_tokens_min,
+            top_logprobs: start.top_logprobs.map(|top| top as usize),
             grant: start.grant.map_or(Grant { output_tokens: 0, is_final: false }, grant),
             sampling,
             stop_strings: start.stop_strings.into(),
@@ -203,7 +236,29 @@ impl Service {
             tenant_weight: start.tenant_weight.max(1),
             priority,
             deadline,
+            ..Submission::new(start.prompt_ids, output_tokens_max)
         })
+    }
+
+    /// Reads tool calls out of what follows `resume_ids`, if `start` asks for calls.
+    fn tool_calls(&self, start: &proto::Start) -> Option<ToolCallReader> {
+        let asked = start.constraint.as_ref().and_then(|constraint| constraint.kind.as_ref());
+        if !matches!(asked, Some(Kind::ToolCalls(_))) {
+            return None;
+        }
+        let mut reader = ToolCallReader::new(self.0.tool_format?);
+        let mut detokenizer = Detokenizer::new(start.stop_strings.clone().into());
+        let mut sent = String::new();
+        for (index, &id) in start.resume_ids.iter().enumerate() {
+            let bytes = self.0.tokenizer.bytes(id);
+            if index < start.output_tokens_min as usize {
+                detokenizer.push_unwatched(bytes, &mut sent);
+            } else {
+                detokenizer.push(bytes, &mut sent);
+            }
+        }
+        reader.push(&sent);
+        Some(reader)
     }
 }
 
@@ -297,11 +352,14 @@ impl NodeService for Service {
             return Err(invalid("start", "must be the first request of the stream"));
         };
         let request_id = start.request_id.clone();
-        let answer = self.0.engine.submit(self.submission(start, deadline)?).await.map_err(refused)?;
+        let tool_calls = self.tool_calls(&start);
+        let answer = self.0.engine.submit(self.submission(start, deadline).await?).await.map_err(refused)?;
         let hung_up = CancellationToken::new();
         tokio::spawn(obey(requests, answer.remote(), hung_up.clone()));
         let reply = Reply {
             answer,
+            tokenizer: self.0.tokenizer.clone(),
+            tool_calls,
             frames: VecDeque::new(),
             sequence_number: 0,
             started: false,
@@ -336,6 +394,8 @@ async fn obey(mut requests: Streaming<proto::GenerateRequest>, remote: Remote, h
 /// The response stream of one sequence.
 struct Reply {
     answer: Answer,
+    tokenizer: Arc<Tokenizer>,
+    tool_calls: Option<ToolCallReader>,
     frames: VecDeque<Result<proto::GenerateResponse, Status>>,
     sequence_number: u64,
     started: bool,
@@ -354,14 +414,17 @@ impl Reply {
     }
 
     fn unpack(&mut self, delivery: Delivery) {
-        let Delivery { text, ids, usage, ending } = delivery;
+        let Delivery { text, ids, logprobs, usage, ending } = delivery;
+        let Reading { text, calls } = self.read(text, ending.is_some());
         if !self.started && !ids.is_empty() {
             self.started = true;
             let before = Usage { output_tokens: usage.output_tokens - ids.len() as u64, ..usage };
             self.frame(Event::Started(proto::Started {}), before);
         }
-        if !ids.is_empty() || !text.is_empty() {
-            self.frame(Event::Delta(proto::Delta { text, ids }), usage);
+        if !ids.is_empty() || !text.is_empty() || !calls.is_empty() {
+            let logprobs = logprobs.into_iter().map(|token| self.logprobs(token)).collect();
+            let tool_calls = calls.into_iter().map(tool_call_delta).collect();
+            self.frame(Event::Delta(proto::Delta { text, ids, logprobs, tool_calls }), usage);
         }
         match ending {
             None => {}
@@ -369,7 +432,30 @@ impl Reply {
                 tracing::error!(request_id = self.request_id, reason, "a sequence broke");
                 self.frames.push_back(Err(Status::internal("the node failed while it generated")));
             }
+            Some(Ending::Constraint(reason)) => self.frames.push_back(Err(invalid("constraint", reason))),
             Some(ending) => self.frame(Event::Finished(finished(ending)), usage),
+        }
+    }
+
+    /// Takes tool calls out of the text, where the request asked for calls.
+    fn read(&mut self, text: String, ended: bool) -> Reading {
+        let Some(reader) = &mut self.tool_calls else { return Reading { text, calls: Vec::new() } };
+        let mut reading = reader.push(&text);
+        if ended {
+            reading.text.push_str(&reader.finish());
+        }
+        reading
+    }
+
+    fn logprobs(&self, token: TokenLogprobs) -> proto::TokenLogprobs {
+        let one = |(id, logprob): (u32, f32)| proto::TokenLogprob {
+            id,
+            logprob,
+            bytes: self.tokenizer.bytes(id).to_vec(),
+        };
+        proto::TokenLogprobs {
+            chosen: Some(one((token.id, token.logprob))),
+            top: token.top.into_iter().map(one).collect(),
         }
     }
 
@@ -401,9 +487,13 @@ fn finished(ending: Ending) -> proto::Finished {
         Ending::GrantExhausted => FinishReason::GrantExhausted,
         Ending::GrantTimeout => FinishReason::GrantTimeout,
         Ending::Deadline => FinishReason::Deadline,
-        Ending::Broken(_) => FinishReason::Unspecified,
+        Ending::Broken(_) | Ending::Constraint(_) => FinishReason::Unspecified,
     };
     proto::Finished { reason: reason.into(), stop_string }
+}
+
+fn tool_call_delta(delta: ToolCallDelta) -> proto::ToolCallDelta {
+    proto::ToolCallDelta { index: delta.index, name: delta.name, arguments: delta.arguments }
 }
 
 fn grant(grant: proto::Grant) -> Grant {

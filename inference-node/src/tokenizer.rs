@@ -112,6 +112,15 @@ impl Tokenizer {
         self.table.bytes(id)
     }
 
+    /// The model's: ids are below it.
+    pub fn vocab_size(&self) -> usize {
+        self.table.ends.len()
+    }
+
+    pub fn is_control(&self, id: u32) -> bool {
+        self.bytes(id).is_empty() && self.token(id).is_some()
+    }
+
     pub fn controls(&self) -> &ControlTokens {
         &self.controls
     }

@@ -191,6 +191,192 @@ def test_stop_string_is_not_sent(client, model):
     assert text_of(streamed) == cut.choices[0].message.content
 
 
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 10},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "colours": {"type": "array", "items": {"enum": ["red", "green"]}, "minItems": 1, "maxItems": 2},
+    },
+    "required": ["name", "age", "colours"],
+    "additionalProperties": False,
+}
+
+
+def test_json_schema_is_enforced(client, model):
+    """A model this small would never hit the schema by itself: not at temperature 1.2."""
+    for seed in range(5):
+        answer = client.chat.completions.create(
+            model=model,
+            messages=QUESTION,
+            max_tokens=300,
+            temperature=1.2,
+            seed=seed,
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "person", "strict": True, "schema": PERSON},
+            },
+        )
+        assert answer.choices[0].finish_reason == "stop"
+        person = json.loads(answer.choices[0].message.content)
+        assert list(person) == ["name", "age", "colours"]
+        assert len(person["name"]) <= 10 and 0 <= person["age"] <= 120
+        assert 1 <= len(person["colours"]) <= 2 and set(person["colours"]) <= {"red", "green"}
+
+
+def test_parse_helper_gives_typed_answers(client, model):
+    import typing
+
+    import pydantic
+
+    class Answer(pydantic.BaseModel):
+        mood: typing.Literal["good", "bad"]
+        stars: typing.Literal[1, 2, 3]
+
+    answer = client.chat.completions.parse(
+        model=model, messages=QUESTION, max_tokens=100, response_format=Answer
+    )
+    parsed = answer.choices[0].message.parsed
+    assert parsed.mood in ("good", "bad") and parsed.stars in (1, 2, 3)
+
+
+def test_a_schema_that_cannot_be_enforced_is_refused(client, model):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(
+            model=model,
+            messages=QUESTION,
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "odd", "schema": {"if": {"type": "string"}, "then": {}}},
+            },
+        )
+    assert caught.value.param == "response_format.json_schema.schema"
+
+
+def test_log_probabilities(client, model):
+    ask = {"model": model, "messages": QUESTION, "logprobs": True, "top_logprobs": 3, **GREEDY}
+    choice = client.chat.completions.create(**ask).choices[0]
+    tokens = choice.logprobs.content
+    assert "".join(token.token for token in tokens) == choice.message.content
+    assert all(len(token.top_logprobs) == 3 and token.logprob <= 0 for token in tokens)
+    assert all(token.top_logprobs[0].logprob == token.logprob for token in tokens), "greedy takes the likeliest"
+    streamed = []
+    for chunk in client.chat.completions.create(stream=True, **ask):
+        if chunk.choices and chunk.choices[0].logprobs:
+            streamed.extend(chunk.choices[0].logprobs.content)
+    assert streamed == tokens
+
+    choice = client.completions.create(model=model, prompt="The river", logprobs=2, **GREEDY).choices[0]
+    assert "".join(choice.logprobs.tokens) == choice.text
+    assert len(choice.logprobs.token_logprobs) == len(choice.logprobs.text_offset) == len(choice.logprobs.tokens)
+    assert all(len(top) == 2 for top in choice.logprobs.top_logprobs)
+
+
+def test_logit_bias_and_penalties(client, model):
+    def tokens(**change):
+        answer = client.completions.create(
+            model=model, prompt="The river", max_tokens=40, temperature=0, logprobs=0, **change
+        )
+        return answer.choices[0].logprobs.tokens
+
+    forced = tokens(logit_bias={"300": 100})
+    assert len(set(forced)) == 1, "a bias of 100 decides"
+    plain = tokens(extra_body={"ignore_eos": True})
+    varied = tokens(frequency_penalty=2, presence_penalty=2, extra_body={"ignore_eos": True})
+    assert len(set(varied)) > len(set(plain)), "penalties make for other words"
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "The weather in a city",
+            "strict": True,
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "maxLength": 16}, "days": {"enum": [1, 2, 3]}},
+                "required": ["city", "days"],
+                "additionalProperties": False,
+            },
+        },
+    },
+    {
+        "type": "function",
+        "function": {
+            "name": "get_time",
+            "strict": True,
+            "parameters": {"type": "object", "properties": {}, "required": [], "additionalProperties": False},
+        },
+    },
+]
+WEATHER = [{"role": "user", "content": "What is the weather in Oslo?"}]
+
+
+def check_call(call):
+    assert call.id and call.type == "function"
+    arguments = json.loads(call.function.arguments)
+    if call.function.name == "get_weather":
+        assert list(arguments) == ["city", "days"] and arguments["days"] in (1, 2, 3)
+    else:
+        assert call.function.name == "get_time" and arguments == {}
+
+
+def test_tools_required_and_named(client, model):
+    ask = {"model": model, "messages": WEATHER, "tools": TOOLS, "max_tokens": 200, "temperature": 0}
+    choice = client.chat.completions.create(tool_choice="required", **ask).choices[0]
+    assert choice.finish_reason == "tool_calls" and choice.message.content is None
+    check_call(choice.message.tool_calls[0])
+    named = {"type": "function", "function": {"name": "get_time"}}
+    choice = client.chat.completions.create(tool_choice=named, **ask).choices[0]
+    assert choice.message.tool_calls[0].function.name == "get_time"
+    choice = client.chat.completions.create(tool_choice="none", **ask).choices[0]
+    assert choice.message.tool_calls is None and choice.finish_reason in ("stop", "length")
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(
+            tool_choice={"type": "function", "function": {"name": "nobody"}}, **ask
+        )
+    assert caught.value.param == "tool_choice.function.name"
+
+
+def test_streamed_tool_calls_add_up(client, model):
+    ask = {"model": model, "messages": WEATHER, "tools": TOOLS, "max_tokens": 200, "temperature": 0}
+    whole = client.chat.completions.create(tool_choice="required", **ask).choices[0].message.tool_calls[0]
+    with client.chat.completions.stream(tool_choice="required", **ask) as stream:
+        for _ in stream:
+            pass
+    call = stream.get_final_completion().choices[0].message.tool_calls[0]
+    check_call(call)
+    assert call.function.arguments == whole.function.arguments
+    chunks = list(client.chat.completions.create(tool_choice="required", stream=True, **ask))
+    deltas = [d for c in chunks if c.choices for d in c.choices[0].delta.tool_calls or []]
+    assert deltas[0].id and deltas[0].type == "function" and deltas[0].function.name
+    assert all(d.id is None and d.function.name is None and d.index == 0 for d in deltas[1:])
+    assert "".join(d.function.arguments for d in deltas) == whole.function.arguments
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_a_conversation_with_a_tool_goes_on(client, model):
+    messages = [
+        *WEATHER,
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {
+                    "id": "call_1",
+                    "type": "function",
+                    "function": {"name": "get_weather", "arguments": '{"city": "Oslo", "days": 1}'},
+                }
+            ],
+        },
+        {"role": "tool", "tool_call_id": "call_1", "content": "Sunny."},
+    ]
+    answer = client.chat.completions.create(model=model, messages=messages, tools=TOOLS, max_tokens=60)
+    assert answer.choices[0].finish_reason in ("stop", "length", "tool_calls")
+    assert answer.usage.prompt_tokens > 20
+
+
 def test_authentication_error(base_url, model):
     client = openai.OpenAI(base_url=base_url, api_key="sk-sluice-wrong", max_retries=0)
     with pytest.raises(openai.AuthenticationError) as caught:

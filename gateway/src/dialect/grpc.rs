@@ -25,8 +25,8 @@ use crate::{
     complete::{self, Caller, Completion, Delivery, Event, FinishReason},
     error::{ApiError, Fault},
     request::{
-        self, CompletionRequest, EndUser, Expected, Message, Messages, ModelName, Prompt, Role, Sampling,
-        StopStrings, Temperature, TopP,
+        self, CompletionRequest, EndUser, Expected, Format, LogitBias, Message, Messages, ModelName, Penalty,
+        Prompt, RepetitionPenalty, Role, Sampling, Shape, StopStrings, Temperature, TopP,
     },
     stack::Arrival,
 };
@@ -87,7 +87,7 @@ impl ChatService for Api {
         let messages = futures::stream::unfold((completion, arrival), |(mut completion, arrival)| async {
             loop {
                 let message = match completion.next().await? {
-                    Ok(Event::Text(text)) if text.is_empty() => continue,
+                    Ok(Event::Delta(delta)) if delta.text.is_empty() => continue,
                     Ok(event) => Ok(message(&completion, event)),
                     Err(error) => Err(error.to_status(&arrival.id())),
                 };
@@ -183,6 +183,18 @@ fn parse(parameters: &ChatParameters) -> Result<CompletionRequest, ApiError> {
     let temperature = parameters.temperature.map(f64::from).map(Temperature::new).transpose();
     let top_p = parameters.top_p.map(f64::from).map(TopP::new).transpose();
     let limit: Option<NonZeroU32> = check("output_tokens_max", limit)?;
+    let penalty = |name: &str, value: Option<f32>| {
+        let penalty = value.map(f64::from).map(Penalty::new).transpose();
+        Ok::<_, ApiError>(check(name, penalty)?.unwrap_or_default())
+    };
+    let repetition = parameters.repetition_penalty.map(f64::from).map(RepetitionPenalty::new).transpose();
+    let min_p = parameters.min_p.map(f64::from).map(request::min_p).transpose();
+    let biases = parameters.logit_bias.iter().map(|(&id, &bias)| (id, f64::from(bias))).collect();
+    let format = match &parameters.format {
+        None => Format::Text,
+        Some(proto::chat_parameters::Format::JsonSchema(schema)) => Format::JsonSchema(schema.clone()),
+        Some(proto::chat_parameters::Format::JsonObject(_)) => Format::JsonObject,
+    };
     Ok(CompletionRequest {
         model: check("model", ModelName::new(parameters.model.clone()))?,
         prompt: Prompt::Chat(check("messages", Messages::new(messages))?),
@@ -192,7 +204,13 @@ fn parse(parameters: &ChatParameters) -> Result<CompletionRequest, ApiError> {
             top_p: check("top_p", top_p)?,
             top_k: parameters.top_k,
             seed: parameters.seed,
+            min_p: check("min_p", min_p)?.unwrap_or(0.0),
+            repetition_penalty: check("repetition_penalty", repetition)?.unwrap_or_default(),
+            frequency_penalty: penalty("frequency_penalty", parameters.frequency_penalty)?,
+            presence_penalty: penalty("presence_penalty", parameters.presence_penalty)?,
+            logit_bias: check("logit_bias", LogitBias::new(biases))?,
         },
+        shape: Shape { format, ..Shape::default() },
         stop: check("stop", StopStrings::new(parameters.stop.clone()))?,
         user: check("user", EndUser::new(parameters.user.clone()))?,
     })
@@ -209,7 +227,13 @@ fn message_of(message: &proto::ChatMessage, index: usize) -> Result<Message, Api
         }
     };
     let name = check(&format!("messages[{index}].name"), EndUser::new(message.name.clone()))?;
-    Ok(Message { role, content: message.content.clone(), name: name.as_str().to_owned() })
+    Ok(Message {
+        role,
+        content: message.content.clone(),
+        tool_calls_json: String::new(),
+        tool_call_id: String::new(),
+        name: name.as_str().to_owned(),
+    })
 }
 
 fn check<T>(field: &str, value: Result<T, Expected>) -> Result<T, ApiError> {
@@ -230,7 +254,7 @@ fn message(completion: &Completion, event: Event) -> StreamChatCompletionRespons
         ..StreamChatCompletionResponse::default()
     };
     match event {
-        Event::Text(content_delta) => StreamChatCompletionResponse { content_delta, ..head },
+        Event::Delta(delta) => StreamChatCompletionResponse { content_delta: delta.text, ..head },
         Event::Finished(finish) => StreamChatCompletionResponse {
             finish_reason: finish_reason(finish.reason).into(),
             usage: Some(finish.usage.into()),
@@ -290,6 +314,11 @@ mod tests {
         check_parameters(|p| p.top_p = Some(1.5), Some("parameters.top_p"));
         check_parameters(|p| p.output_tokens_max = Some(0), Some("parameters.output_tokens_max"));
         check_parameters(|p| p.stop = vec![String::new()], Some("parameters.stop"));
+        check_parameters(|p| p.min_p = Some(2.0), Some("parameters.min_p"));
+        check_parameters(|p| p.frequency_penalty = Some(-3.0), Some("parameters.frequency_penalty"));
+        check_parameters(|p| p.presence_penalty = Some(f32::NAN), Some("parameters.presence_penalty"));
+        check_parameters(|p| p.repetition_penalty = Some(0.0), Some("parameters.repetition_penalty"));
+        check_parameters(|p| p.logit_bias = [(1, 101.0)].into(), Some("parameters.logit_bias"));
     }
 
     #[test]

@@ -15,4 +15,6 @@ pub mod models;
 pub mod openai;
 pub mod openai_chat;
 pub mod openai_completions;
+pub mod openai_logprobs;
+pub mod openai_shape;
 pub mod sse;

@@ -4,11 +4,13 @@ use http::{HeaderValue, Response};
 use serde::Serialize;
 use serde_json::Value;
 
-use super::fields::Fields;
+use super::{fields::Fields, openai_shape};
 use crate::{
     complete::{Finish, FinishReason, Usage},
     error::ApiError,
-    request::{self, EndUser, ModelName, Sampling, StopStrings, Temperature, TopP},
+    request::{
+        self, EndUser, ModelName, Penalty, RepetitionPenalty, Sampling, Shape, StopStrings, Temperature, TopP,
+    },
 };
 
 /// How the answer is to be sent.
@@ -37,6 +39,12 @@ pub fn sampling(body: &Fields<'_>) -> Result<Sampling, ApiError> {
     let temperature = body.number("temperature")?.map(Temperature::new).transpose();
     let top_p = body.number("top_p")?.map(TopP::new).transpose();
     let top_k = body.integer("top_k")?.map(request::top_k).transpose();
+    let min_p = body.number("min_p")?.map(request::min_p).transpose();
+    let penalty = |name: &str| {
+        let penalty = body.number(name)?.map(Penalty::new).transpose();
+        Ok::<_, ApiError>(body.check(name, penalty)?.unwrap_or_default())
+    };
+    let repetition = body.number("repetition_penalty")?.map(RepetitionPenalty::new).transpose();
     Ok(Sampling {
         temperature: body.check("temperature", temperature)?,
         top_p: body.check("top_p", top_p)?,
@@ -46,6 +54,22 @@ pub fn sampling(body: &Fields<'_>) -> Result<Sampling, ApiError> {
             Some(seed) => Some(seed),
             None => body.integer("seed")?.map(|seed| seed as u64),
         },
+        min_p: body.check("min_p", min_p)?.unwrap_or(0.0),
+        repetition_penalty: body.check("repetition_penalty", repetition)?.unwrap_or_default(),
+        frequency_penalty: penalty("frequency_penalty")?,
+        presence_penalty: penalty("presence_penalty")?,
+        logit_bias: openai_shape::logit_bias(body)?,
+    })
+}
+
+/// What both endpoints have of an answer's shape: the extensions of other engines.
+pub fn shape(body: &Fields<'_>) -> Result<Shape, ApiError> {
+    let least = body.integer("min_tokens")?.map(request::output_tokens_min).transpose();
+    Ok(Shape {
+        output_tokens_min: body.check("min_tokens", least)?.unwrap_or(0),
+        ignore_end_of_sequence: body.boolean("ignore_eos")?.unwrap_or(false),
+        stop_ids: openai_shape::stop_ids(body)?,
+        ..Shape::default()
     })
 }
 
@@ -78,22 +102,7 @@ pub fn refuse_unsupported(body: &Fields<'_>) -> Result<(), ApiError> {
             Some(_) => return Err(body.unsupported_value(name, "only 1 is")),
         }
     }
-    for (name, neutral) in
-        [("frequency_penalty", 0.0), ("presence_penalty", 0.0), ("repetition_penalty", 1.0), ("min_p", 0.0)]
-    {
-        if body.number(name)?.is_some_and(|value| value != neutral) {
-            return Err(body.unsupported(name));
-        }
-    }
-    let biased = match body.get("logit_bias") {
-        None => false,
-        Some(Value::Object(bias)) => !bias.is_empty(),
-        Some(other) => return Err(body.wrong_type("logit_bias", "an object", other)),
-    };
-    match biased {
-        true => Err(body.unsupported("logit_bias")),
-        false => Ok(()),
-    }
+    Ok(())
 }
 
 /// `usage`, as both endpoints print it.

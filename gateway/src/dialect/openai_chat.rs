@@ -3,6 +3,7 @@
 //! ```text
 //! data: {..."delta":{"role":"assistant","content":""},"finish_reason":null}
 //! data: {..."delta":{"content":"Hello"},"finish_reason":null}
+//! data: {..."delta":{"tool_calls":[{"index":0,"id":..,"type":"function","function":{..}}]},"finish_reason":null}
 //! data: {..."delta":{},"finish_reason":"stop"}
 //! data: {..."choices":[],"usage":{...}}          with stream_options.include_usage
 //! data: [DONE]
@@ -17,19 +18,22 @@ use axum::{
 };
 use serde::Serialize;
 use serde_json::Value;
+use sluice_proto::node::v1::ToolCallDelta;
 
 use super::{
     body::read_json,
     fields::{Fields, wrong_type},
     openai::{self, StreamOptions, UsageBody},
+    openai_logprobs::ChatLogprobs,
+    openai_shape,
     sse::{self, Codec, Frames},
 };
 use crate::{
     app::App,
     auth::Principal,
-    complete::{self, Completion, Delivery, Event},
+    complete::{self, Completion, Delivery, Event, Finish, FinishReason},
     error::{ApiError, Fault},
-    request::{self, CompletionRequest, EndUser, Message, Messages, Prompt, Role},
+    request::{self, CompletionRequest, EndUser, Message, Messages, Prompt, Role, Shape},
     stack::Arrival,
 };
 
@@ -59,11 +63,15 @@ fn parse(body: &Value) -> Result<(CompletionRequest, StreamOptions), ApiError> {
     let model = openai::model(&body)?;
     let messages = messages(&body)?;
     refuse_unsupported(&body)?;
+    let (format, tools) = (openai_shape::format(&body)?, openai_shape::tools(&body)?);
+    openai_shape::refuse_format_beside_tools(&body, &format, tools.as_ref())?;
+    let top_logprobs = openai_shape::top_logprobs(&body)?;
     let request = CompletionRequest {
         model,
         prompt: Prompt::Chat(messages),
         output_tokens_max: output_tokens_max(&body)?,
         sampling: openai::sampling(&body)?,
+        shape: Shape { format, tools, top_logprobs, ..openai::shape(&body)? },
         stop: openai::stop(&body)?,
         user: openai::user(&body)?,
     };
@@ -97,15 +105,13 @@ fn message(value: &Value, index: usize) -> Result<Message, ApiError> {
         "system" | "developer" => Role::System,
         "user" => Role::User,
         "assistant" => Role::Assistant,
-        "tool" | "function" => return Err(fields.unsupported_value("role", "tools are not")),
+        "tool" => Role::Tool,
+        "function" => return Err(fields.unsupported_value("role", "its successor 'tool' is")),
         _ => {
-            let message = "must be one of system, developer, user and assistant";
+            let message = "must be one of system, developer, user, assistant and tool";
             return Err(ApiError::field(Fault::Value, fields.path("role"), message));
         }
     };
-    if fields.array("tool_calls")?.is_some_and(|calls| !calls.is_empty()) {
-        return Err(fields.unsupported("tool_calls"));
-    }
     for name in ["function_call", "audio"] {
         if fields.get(name).is_some() {
             return Err(fields.unsupported(name));
@@ -121,7 +127,33 @@ fn message(value: &Value, index: usize) -> Result<Message, ApiError> {
     };
     let name = fields.string("name")?.unwrap_or_default();
     let name = fields.check("name", EndUser::new(name.to_owned()))?.as_str().to_owned();
-    Ok(Message { role, content, name })
+    let tool_calls_json = match role {
+        Role::Assistant => tool_calls(&fields)?,
+        _ => String::new(),
+    };
+    let tool_call_id = match role {
+        Role::Tool => {
+            fields.required("tool_call_id")?;
+            fields.string("tool_call_id")?.unwrap_or_default().to_owned()
+        }
+        _ => String::new(),
+    };
+    Ok(Message { role, content, tool_calls_json, tool_call_id, name })
+}
+
+/// What an assistant called earlier, as it stands; templates read it.
+fn tool_calls(message: &Fields<'_>) -> Result<String, ApiError> {
+    let calls = message.array("tool_calls")?.unwrap_or_default();
+    for (index, call) in calls.iter().enumerate() {
+        let call = Fields::of(call, message.path(&format!("tool_calls[{index}]")))?;
+        call.required("function")?;
+        let function = call.object("function")?.expect("it is there");
+        for name in ["name", "arguments"] {
+            function.required(name)?;
+            function.string(name)?;
+        }
+    }
+    Ok(if calls.is_empty() { String::new() } else { Value::from(calls.to_vec()).to_string() })
 }
 
 /// Text parts, one after another, as chat templates print them.
@@ -147,29 +179,13 @@ fn text_of_parts(message: &Fields<'_>, parts: &[Value]) -> Result<String, ApiErr
 /// Everything that asks for what this version does not do. Never dropped in silence: a client that wanted it must know.
 fn refuse_unsupported(body: &Fields<'_>) -> Result<(), ApiError> {
     openai::refuse_unsupported(body)?;
-    if body.boolean("logprobs")? == Some(true) {
-        return Err(body.unsupported("logprobs"));
+    if body.array("functions")?.is_some_and(|list| !list.is_empty()) {
+        return Err(body.unsupported("functions"));
     }
-    if body.integer("top_logprobs")?.is_some_and(|count| count != 0) {
-        return Err(body.unsupported("top_logprobs"));
-    }
-    for name in ["tools", "functions"] {
-        if body.array(name)?.is_some_and(|list| !list.is_empty()) {
-            return Err(body.unsupported(name));
-        }
-    }
-    for name in ["tool_choice", "function_call"] {
-        match body.get(name) {
-            None => {}
-            Some(Value::String(choice)) if choice == "none" || choice == "auto" => {}
-            Some(_) => return Err(body.unsupported_value(name, "only 'none' and 'auto' are")),
-        }
-    }
-    if let Some(format) = body.object("response_format")? {
-        format.required("type")?;
-        if format.string("type")? != Some("text") {
-            return Err(format.unsupported_value("type", "only 'text' is"));
-        }
+    match body.get("function_call") {
+        None => {}
+        Some(Value::String(choice)) if choice == "none" || choice == "auto" => {}
+        Some(_) => return Err(body.unsupported_value("function_call", "only 'none' and 'auto' are")),
     }
     if let Some(modalities) = body.array("modalities")?
         && let Some(other) = modalities.iter().find(|modality| modality.as_str() != Some("text"))
@@ -205,9 +221,24 @@ impl Head {
             system_fingerprint: openai::system_fingerprint(&completion.model.content_hash),
         }
     }
+
+    /// Of the answer's call `index`: the same for whoever asks again.
+    fn call_id(&self, index: u32) -> String {
+        format!("call_{}{index:02}", self.id.trim_start_matches("chatcmpl-"))
+    }
 }
 
 fn whole(head: &Head, answer: &complete::Answer) -> Value {
+    let called = !answer.tool_calls.is_empty();
+    let content = (!called || !answer.text.is_empty()).then_some(&answer.text);
+    let mut message = serde_json::json!({ "role": "assistant", "content": content, "refusal": null });
+    if called {
+        let calls = answer.tool_calls.iter().zip(0..).map(|(call, index)| {
+            let function = serde_json::json!({ "name": call.name, "arguments": call.arguments });
+            serde_json::json!({ "id": head.call_id(index), "type": "function", "function": function })
+        });
+        message["tool_calls"] = calls.collect();
+    }
     let mut body = serde_json::json!({
         "id": head.id,
         "object": "chat.completion",
@@ -215,9 +246,9 @@ fn whole(head: &Head, answer: &complete::Answer) -> Value {
         "model": head.model,
         "choices": [{
             "index": 0,
-            "message": { "role": "assistant", "content": answer.text, "refusal": null },
-            "logprobs": null,
-            "finish_reason": openai::finish_reason(answer.finish.reason),
+            "message": message,
+            "logprobs": ChatLogprobs::of(&answer.logprobs),
+            "finish_reason": finish_reason(&answer.finish, called),
         }],
         "usage": UsageBody::from(answer.finish.usage),
         "system_fingerprint": head.system_fingerprint,
@@ -228,11 +259,20 @@ fn whole(head: &Head, answer: &complete::Answer) -> Value {
     body
 }
 
+fn finish_reason(finish: &Finish, called: bool) -> &'static str {
+    match finish.reason {
+        FinishReason::Stop if called => "tool_calls",
+        reason => openai::finish_reason(reason),
+    }
+}
+
 /// Writes the chunks of one stream.
 struct ChatChunks {
     head: Head,
     include_usage: bool,
     begun: bool,
+    /// A call of a tool has begun.
+    called: bool,
 }
 
 #[derive(Serialize)]
@@ -254,7 +294,7 @@ struct Chunk<'a> {
 struct Choice<'a> {
     index: u32,
     delta: Delta<'a>,
-    logprobs: Option<()>,
+    logprobs: Option<ChatLogprobs>,
     finish_reason: Option<&'static str>,
 }
 
@@ -264,11 +304,31 @@ struct Delta<'a> {
     role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<CallDelta<'a>>,
+}
+
+/// The first of a call says what it is; later ones append to its arguments.
+#[derive(Serialize)]
+struct CallDelta<'a> {
+    index: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<String>,
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    kind: Option<&'static str>,
+    function: FunctionDelta<'a>,
+}
+
+#[derive(Serialize)]
+struct FunctionDelta<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<&'a str>,
+    arguments: &'a str,
 }
 
 impl ChatChunks {
     fn new(head: Head, include_usage: bool) -> ChatChunks {
-        ChatChunks { head, include_usage, begun: false }
+        ChatChunks { head, include_usage, begun: false, called: false }
     }
 
     fn chunk<'a>(&'a self, choices: Vec<Choice<'a>>) -> Chunk<'a> {
@@ -287,21 +347,46 @@ impl ChatChunks {
     fn delta<'a>(&'a self, delta: Delta<'a>, finish_reason: Option<&'static str>) -> Chunk<'a> {
         self.chunk(vec![Choice { index: 0, delta, logprobs: None, finish_reason }])
     }
+
+    fn generated<'a>(&'a self, delta: &'a complete::Delta) -> Chunk<'a> {
+        let call = |call: &'a ToolCallDelta| {
+            let first = !call.name.is_empty();
+            CallDelta {
+                index: call.index,
+                id: first.then(|| self.head.call_id(call.index)),
+                kind: first.then_some("function"),
+                function: FunctionDelta {
+                    name: first.then_some(call.name.as_str()),
+                    arguments: &call.arguments,
+                },
+            }
+        };
+        let text = !delta.text.is_empty() || delta.tool_calls.is_empty();
+        let written = Delta {
+            content: text.then_some(delta.text.as_str()),
+            tool_calls: delta.tool_calls.iter().map(call).collect(),
+            ..Delta::default()
+        };
+        let logprobs = ChatLogprobs::of(&delta.logprobs);
+        self.chunk(vec![Choice { index: 0, delta: written, logprobs, finish_reason: None }])
+    }
 }
 
 impl Codec for ChatChunks {
     fn encode(&mut self, event: Event, frames: &mut Frames) {
         if !self.begun {
-            frames.push(&self.delta(Delta { role: Some("assistant"), content: Some("") }, None));
+            let opening = Delta { role: Some("assistant"), content: Some(""), ..Delta::default() };
+            frames.push(&self.delta(opening, None));
             self.begun = true;
         }
         match event {
-            Event::Text(text) if text.is_empty() => {}
-            Event::Text(text) => {
-                frames.push(&self.delta(Delta { role: None, content: Some(&text) }, None));
+            Event::Delta(delta) if delta.is_empty() => {}
+            Event::Delta(delta) => {
+                self.called |= !delta.tool_calls.is_empty();
+                frames.push(&self.generated(&delta));
             }
             Event::Finished(finish) => {
-                let reason = openai::finish_reason(finish.reason);
+                let reason = finish_reason(&finish, self.called);
                 let last = self.delta(Delta::default(), Some(reason));
                 frames.push(&Chunk { sluice: openai::extension(&finish), ..last });
                 if self.include_usage {

@@ -3,7 +3,8 @@
 use serde_json::json;
 
 use super::*;
-use crate::complete::{Answer, Finish, FinishReason, Usage};
+use crate::complete::{Answer, Finish, FinishReason, ToolCall, Usage};
+use crate::request::{Format, ToolChoice};
 
 fn body(change: Value) -> Value {
     let mut body = json!({ "model": "m", "messages": [{ "role": "user", "content": "hi" }] });
@@ -59,22 +60,92 @@ fn fields_at_fault_are_named() {
     refused(json!({ "stream_options": { "include_usage": 1 } }), kind, "stream_options.include_usage");
     refused(json!({ "user": 5 }), kind, "user");
     refused(json!({ "logit_bias": [] }), kind, "logit_bias");
+    refused(json!({ "logit_bias": { "a": 1 } }), value, "logit_bias");
+    refused(json!({ "logit_bias": { "5": 101 } }), value, "logit_bias");
+    refused(json!({ "presence_penalty": 2.5 }), value, "presence_penalty");
+    refused(json!({ "frequency_penalty": "x" }), kind, "frequency_penalty");
+    refused(json!({ "repetition_penalty": 0 }), value, "repetition_penalty");
+    refused(json!({ "min_p": 1.1 }), value, "min_p");
+    refused(json!({ "min_tokens": -1 }), value, "min_tokens");
+    refused(json!({ "ignore_eos": 1 }), kind, "ignore_eos");
+    refused(json!({ "stop_token_ids": ["a"] }), value, "stop_token_ids");
+    refused(json!({ "top_logprobs": 3 }), value, "top_logprobs");
+    refused(json!({ "logprobs": true, "top_logprobs": 21 }), value, "top_logprobs");
+    refused(json!({ "logprobs": 3 }), kind, "logprobs");
+}
+
+#[test]
+fn formats_and_tools_at_fault_are_named() {
+    let (value, kind, missing) = ("invalid_value", "invalid_type", "missing_required_parameter");
+    let format = |format: Value| json!({ "response_format": format });
+    refused(format(json!("json")), kind, "response_format");
+    refused(format(json!({})), missing, "response_format.type");
+    refused(format(json!({ "type": "xml" })), "unsupported_value", "response_format.type");
+    refused(format(json!({ "type": "json_schema" })), missing, "response_format.json_schema");
+    let schema =
+        |schema: Value| json!({ "response_format": { "type": "json_schema", "json_schema": schema } });
+    refused(schema(json!({ "schema": {} })), missing, "response_format.json_schema.name");
+    refused(schema(json!({ "name": "a b", "schema": {} })), value, "response_format.json_schema.name");
+    refused(schema(json!({ "name": "a" })), missing, "response_format.json_schema.schema");
+    refused(schema(json!({ "name": "a", "schema": [] })), kind, "response_format.json_schema.schema");
+
+    let tool = |function: Value| json!({ "tools": [{ "type": "function", "function": function }] });
+    refused(json!({ "tools": [{ "type": "custom" }] }), "unsupported_value", "tools[0].type");
+    refused(json!({ "tools": [{ "type": "function" }] }), missing, "tools[0].function");
+    refused(tool(json!({})), missing, "tools[0].function.name");
+    refused(tool(json!({ "name": "a b" })), value, "tools[0].function.name");
+    refused(tool(json!({ "name": "a", "parameters": "x" })), kind, "tools[0].function.parameters");
+    refused(json!({ "tool_choice": "required" }), value, "tool_choice");
+    refused(json!({ "tool_choice": "maybe" }), value, "tool_choice");
+    let mut named = tool(json!({ "name": "a" }));
+    named["tool_choice"] = json!({ "type": "function", "function": { "name": "b" } });
+    refused(named.clone(), value, "tool_choice.function.name");
+    named["tool_choice"] = json!("auto");
+    named["response_format"] = json!({ "type": "json_object" });
+    refused(named, "unsupported_value", "response_format");
+    let call =
+        json!([{ "role": "assistant", "content": null, "tool_calls": [{ "function": { "name": "a" } }] }]);
+    refused(json!({ "messages": call }), missing, "messages[0].tool_calls[0].function.arguments");
+    refused(json!({ "messages": [{ "role": "tool", "content": "x" }] }), missing, "messages[0].tool_call_id");
+}
+
+#[test]
+fn formats_and_tools_arrive() {
+    let (request, _) = accepted(json!({ "response_format": { "type": "json_schema", "json_schema": {
+        "name": "a", "strict": true, "schema": { "type": "object" },
+    } } }));
+    assert_eq!(request.shape.format, Format::JsonSchema(r#"{"type":"object"}"#.into()));
+    let tools = json!([{ "type": "function", "function": { "name": "a" } }]);
+    let (request, _) = accepted(json!({ "tools": tools, "parallel_tool_calls": false }));
+    let declared = request.shape.tools.expect("tools");
+    assert_eq!((declared.choice, declared.parallel), (ToolChoice::Auto, false));
+    assert_eq!(declared.declared_json, tools.to_string());
+    let named = json!({ "type": "function", "function": { "name": "a" } });
+    let (request, _) = accepted(json!({ "tools": tools, "tool_choice": named }));
+    assert_eq!(request.shape.tools.map(|tools| tools.choice), Some(ToolChoice::Named("a".into())));
+    let none = json!({ "tools": tools, "tool_choice": "none", "response_format": { "type": "json_object" } });
+    let (request, _) = accepted(none);
+    assert_eq!((request.shape.tools, request.shape.format), (None, Format::JsonObject));
+
+    let (request, _) = accepted(json!({
+        "logprobs": true, "top_logprobs": 2, "min_tokens": 4, "ignore_eos": true, "stop_token_ids": [7],
+        "logit_bias": { "50": -100 }, "min_p": 0.1, "frequency_penalty": -1, "repetition_penalty": 1.5,
+    }));
+    let (shape, sampling) = (request.shape, request.sampling);
+    assert_eq!((shape.top_logprobs, shape.output_tokens_min, shape.stop_ids), (Some(2), 4, vec![7]));
+    assert!(shape.ignore_end_of_sequence);
+    assert_eq!((sampling.logit_bias.as_slice(), sampling.min_p), (&[(50, -100.0)][..], 0.1));
+    assert_eq!((sampling.frequency_penalty.get(), sampling.repetition_penalty.get()), (-1.0, 1.5));
 }
 
 #[test]
 fn what_is_not_done_is_refused() {
     let (parameter, value) = ("unsupported_parameter", "unsupported_value");
     refused(json!({ "n": 2 }), value, "n");
-    refused(json!({ "logprobs": true }), parameter, "logprobs");
-    refused(json!({ "top_logprobs": 3 }), parameter, "top_logprobs");
-    refused(json!({ "tools": [{ "type": "function" }] }), parameter, "tools");
-    refused(json!({ "tool_choice": "required" }), value, "tool_choice");
-    refused(json!({ "response_format": { "type": "json_object" } }), value, "response_format.type");
-    refused(json!({ "logit_bias": { "5": 1 } }), parameter, "logit_bias");
-    refused(json!({ "presence_penalty": 0.5 }), parameter, "presence_penalty");
     refused(json!({ "modalities": ["text", "audio"] }), value, "modalities");
     refused(json!({ "audio": { "voice": "x" } }), parameter, "audio");
-    refused(json!({ "messages": [{ "role": "tool", "content": "x" }] }), value, "messages[0].role");
+    refused(json!({ "messages": [{ "role": "function", "content": "x" }] }), value, "messages[0].role");
+    refused(json!({ "functions": [{ "name": "x" }] }), parameter, "functions");
     let image =
         json!([{ "role": "user", "content": [{ "type": "image_url", "image_url": { "url": "data:," } }] }]);
     refused(json!({ "messages": image }), value, "messages[0].content[0].type");
@@ -120,6 +191,10 @@ fn head() -> Head {
     Head { id: "chatcmpl-1".into(), created: 7, model: "m".into(), system_fingerprint: "fp_0".into() }
 }
 
+fn text(text: &str) -> Event {
+    Event::Delta(complete::Delta::text(text))
+}
+
 fn finish(reason: FinishReason) -> Finish {
     Finish { reason, usage: Usage { prompt_tokens: 3, cached_prompt_tokens: 1, completion_tokens: 2 } }
 }
@@ -141,12 +216,7 @@ fn streamed(include_usage: bool, events: Vec<Result<Event, ApiError>>, expect: &
 fn frames_of_a_stream() {
     streamed(
         false,
-        vec![
-            Ok(Event::Text("Hé".into())),
-            Ok(Event::Text(String::new())),
-            Ok(Event::Text("\n\"".into())),
-            Ok(Event::Finished(finish(FinishReason::Stop))),
-        ],
+        vec![Ok(text("Hé")), Ok(text("")), Ok(text("\n\"")), Ok(Event::Finished(finish(FinishReason::Stop)))],
         &[
             r#"@"choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]}"#,
             r#"@"choices":[{"index":0,"delta":{"content":"Hé"},"logprobs":null,"finish_reason":null}]}"#,
@@ -175,7 +245,7 @@ fn frames_with_usage_and_an_ended_budget() {
 fn a_failure_is_a_frame_and_then_the_end() {
     streamed(
         false,
-        vec![Ok(Event::Text("a".into())), Err(ApiError::internal("secret"))],
+        vec![Ok(text("a")), Err(ApiError::internal("secret"))],
         &[
             r#"@"choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]}"#,
             r#"@"choices":[{"index":0,"delta":{"content":"a"},"logprobs":null,"finish_reason":null}]}"#,
@@ -187,7 +257,12 @@ fn a_failure_is_a_frame_and_then_the_end() {
 
 #[test]
 fn a_whole_answer() {
-    let answer = Answer { text: "Hi".into(), finish: finish(FinishReason::Length) };
+    let answer = Answer {
+        text: "Hi".into(),
+        logprobs: vec![],
+        tool_calls: vec![],
+        finish: finish(FinishReason::Length),
+    };
     let expect = json!({
         "id": "chatcmpl-1", "object": "chat.completion", "created": 7, "model": "m",
         "choices": [{
@@ -201,4 +276,49 @@ fn a_whole_answer() {
         "system_fingerprint": "fp_0",
     });
     assert_eq!(whole(&head(), &answer), expect);
+}
+
+fn call(index: u32, name: &str, arguments: &str) -> ToolCallDelta {
+    ToolCallDelta { index, name: name.into(), arguments: arguments.into() }
+}
+
+#[test]
+fn frames_of_tool_calls() {
+    let calls = |tool_calls| Ok(Event::Delta(complete::Delta { tool_calls, ..complete::Delta::default() }));
+    streamed(
+        false,
+        vec![
+            Ok(text("")),
+            calls(vec![call(0, "a", "{")]),
+            calls(vec![call(0, "", "}"), call(1, "b", "")]),
+            Ok(Event::Finished(finish(FinishReason::Stop))),
+        ],
+        &[
+            r#"@"choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]}"#,
+            r#"@"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"id":"call_100","type":"function","function":{"name":"a","arguments":"{"}}]},"logprobs":null,"finish_reason":null}]}"#,
+            r#"@"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"function":{"arguments":"}"}},{"index":1,"id":"call_101","type":"function","function":{"name":"b","arguments":""}}]},"logprobs":null,"finish_reason":null}]}"#,
+            r#"@"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"tool_calls"}]}"#,
+            "[DONE]",
+        ],
+    );
+}
+
+#[test]
+fn a_whole_answer_of_tool_calls() {
+    let answer = Answer {
+        text: String::new(),
+        logprobs: vec![],
+        tool_calls: vec![ToolCall { name: "a".into(), arguments: "{}".into() }],
+        finish: finish(FinishReason::Stop),
+    };
+    let choice = &whole(&head(), &answer)["choices"][0];
+    assert_eq!(choice["finish_reason"], "tool_calls");
+    let call =
+        json!({ "id": "call_100", "type": "function", "function": { "name": "a", "arguments": "{}" } });
+    assert_eq!(
+        choice["message"],
+        json!({ "role": "assistant", "content": null, "refusal": null, "tool_calls": [call] })
+    );
+    let cut = Answer { finish: finish(FinishReason::Length), ..answer };
+    assert_eq!(whole(&head(), &cut)["choices"][0]["finish_reason"], "length");
 }

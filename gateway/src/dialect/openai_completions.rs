@@ -14,6 +14,7 @@ use super::{
     body::read_json,
     fields::Fields,
     openai::{self, StreamOptions, UsageBody},
+    openai_logprobs::{TextLogprobs, TextOffset},
     sse::{self, Codec, Frames},
 };
 use crate::{
@@ -21,12 +22,14 @@ use crate::{
     auth::Principal,
     complete::{self, Completion, Delivery, Event},
     error::{ApiError, Fault},
-    request::{self, CompletionRequest, Prompt},
+    request::{self, CompletionRequest, Prompt, Shape},
     stack::Arrival,
 };
 
 /// What OpenAI documents for a request that names no `max_tokens`.
 const OUTPUT_TOKENS_DEFAULT: NonZeroU32 = NonZeroU32::new(16).expect("16 is not 0");
+/// Most log-probabilities of this endpoint, as OpenAI documents it.
+const LOGPROBS_MAX: u32 = 5;
 
 pub async fn create(
     State(app): State<Arc<App>>,
@@ -45,10 +48,11 @@ pub async fn create(
     }
     let answer = completion.whole().await?;
     let reason = openai::finish_reason(answer.finish.reason);
+    let logprobs = TextLogprobs::of(&answer.logprobs, &mut TextOffset::default());
     let mut response = Json(TextCompletion {
         usage: Some(Some(answer.finish.usage.into())),
         sluice: openai::extension(&answer.finish),
-        ..chunks.chunk(vec![Choice::new(&answer.text, Some(reason))])
+        ..chunks.chunk(vec![Choice::new(&answer.text, logprobs, Some(reason))])
     })
     .into_response();
     openai::mark_budget(&answer.finish, &mut response);
@@ -66,15 +70,20 @@ fn parse(body: &Value) -> Result<(CompletionRequest, StreamOptions), ApiError> {
     if body.string("suffix")?.is_some_and(|suffix| !suffix.is_empty()) {
         return Err(body.unsupported("suffix"));
     }
-    if body.integer("logprobs")?.is_some() {
-        return Err(body.unsupported("logprobs"));
+    for name in ["response_format", "tools"] {
+        if body.get(name).is_some() {
+            return Err(body.unsupported(name));
+        }
     }
+    let logprobs =
+        body.integer("logprobs")?.map(|count| request::top_logprobs(count, LOGPROBS_MAX)).transpose();
     let limit = body.integer("max_tokens")?.map(request::output_tokens_max).transpose();
     let request = CompletionRequest {
         model,
         prompt,
         output_tokens_max: Some(body.check("max_tokens", limit)?.unwrap_or(OUTPUT_TOKENS_DEFAULT)),
         sampling: openai::sampling(&body)?,
+        shape: Shape { top_logprobs: body.check("logprobs", logprobs)?, ..openai::shape(&body)? },
         stop: openai::stop(&body)?,
         user: openai::user(&body)?,
     };
@@ -117,6 +126,7 @@ struct TextChunks {
     model: String,
     system_fingerprint: String,
     include_usage: bool,
+    offset: TextOffset,
 }
 
 #[derive(Serialize)]
@@ -138,13 +148,13 @@ struct TextCompletion<'a> {
 struct Choice<'a> {
     text: &'a str,
     index: u32,
-    logprobs: Option<()>,
+    logprobs: Option<TextLogprobs>,
     finish_reason: Option<&'static str>,
 }
 
 impl<'a> Choice<'a> {
-    fn new(text: &'a str, finish_reason: Option<&'static str>) -> Choice<'a> {
-        Choice { text, index: 0, logprobs: None, finish_reason }
+    fn new(text: &'a str, logprobs: Option<TextLogprobs>, finish_reason: Option<&'static str>) -> Choice<'a> {
+        Choice { text, index: 0, logprobs, finish_reason }
     }
 }
 
@@ -156,6 +166,7 @@ impl TextChunks {
             model: completion.model.name.clone(),
             system_fingerprint: openai::system_fingerprint(&completion.model.content_hash),
             include_usage,
+            offset: TextOffset::default(),
         }
     }
 
@@ -176,10 +187,14 @@ impl TextChunks {
 impl Codec for TextChunks {
     fn encode(&mut self, event: Event, frames: &mut Frames) {
         match event {
-            Event::Text(text) if text.is_empty() => {}
-            Event::Text(text) => frames.push(&self.chunk(vec![Choice::new(&text, None)])),
+            Event::Delta(delta) if delta.is_empty() => {}
+            Event::Delta(delta) => {
+                let logprobs = TextLogprobs::of(&delta.logprobs, &mut self.offset);
+                frames.push(&self.chunk(vec![Choice::new(&delta.text, logprobs, None)]));
+            }
             Event::Finished(finish) => {
-                let last = self.chunk(vec![Choice::new("", Some(openai::finish_reason(finish.reason)))]);
+                let last =
+                    self.chunk(vec![Choice::new("", None, Some(openai::finish_reason(finish.reason)))]);
                 frames.push(&TextCompletion { sluice: openai::extension(&finish), ..last });
                 if self.include_usage {
                     frames.push(&TextCompletion {
@@ -197,7 +212,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::complete::{Finish, FinishReason, Usage};
+    use crate::complete::{Delta, Finish, FinishReason, Usage};
 
     fn check(change: Value, expect: Result<Prompt, &str>) {
         let mut body = json!({ "model": "m", "prompt": "p" });
@@ -226,7 +241,15 @@ mod tests {
         check(json!({ "echo": true }), Err("unsupported_parameter echo"));
         check(json!({ "suffix": "x" }), Err("unsupported_parameter suffix"));
         check(json!({ "best_of": 2 }), Err("unsupported_value best_of"));
-        check(json!({ "logprobs": 1 }), Err("unsupported_parameter logprobs"));
+        check(
+            json!({ "logprobs": 5, "logit_bias": { "7": -100 }, "min_tokens": 3 }),
+            Ok(Prompt::Text("p".into())),
+        );
+        check(json!({ "logprobs": 6 }), Err("invalid_value logprobs"));
+        check(
+            json!({ "response_format": { "type": "json_object" } }),
+            Err("unsupported_parameter response_format"),
+        );
         check(json!({ "max_tokens": 0 }), Err("invalid_value max_tokens"));
         check(json!({ "echo": false, "suffix": null, "best_of": 1, "n": 1 }), Ok(Prompt::Text("p".into())));
     }
@@ -239,11 +262,13 @@ mod tests {
             model: "m".into(),
             system_fingerprint: "fp_0".into(),
             include_usage: false,
+            offset: TextOffset::default(),
         };
         let usage = Usage { prompt_tokens: 1, cached_prompt_tokens: 0, completion_tokens: 2 };
         let finish = Finish { reason: FinishReason::Length, usage };
         let mut out = String::new();
-        for event in [Event::Text(String::new()), Event::Text("a".into()), Event::Finished(finish)] {
+        for event in [Event::Delta(Delta::default()), Event::Delta(Delta::text("a")), Event::Finished(finish)]
+        {
             out.push_str(std::str::from_utf8(&sse::frames(&mut chunks, Ok(event))).expect("UTF-8"));
         }
         let head = r#"data: {"id":"cmpl-1","object":"text_completion","created":7,"model":"m","system_fingerprint":"fp_0","#;

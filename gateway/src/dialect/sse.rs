@@ -36,7 +36,7 @@ impl Frames {
 /// What the client reads for one event of the stream; the last one closes it. A failure is a frame of its own.
 pub fn frames(codec: &mut impl Codec, event: Result<Event, ApiError>) -> Bytes {
     let mut frames = Frames::default();
-    let last = !matches!(event, Ok(Event::Text(_)));
+    let last = !matches!(event, Ok(Event::Delta(_)));
     match event {
         Ok(event) => codec.encode(event, &mut frames),
         Err(error) => frames.push(&error.envelope()),

@@ -9,8 +9,6 @@ use crate::engine::{Answer, Submission};
 use crate::kernel::{Cpu, Dtype, Roofline};
 use crate::model::Cost;
 use crate::node::{Node, NodeOptions};
-use crate::sampler::Sampling;
-use crate::scheduler::Priority;
 use anyhow::{bail, ensure};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -220,19 +218,12 @@ pub(super) async fn read_until(answer: &mut Answer, mut tokens: usize) -> anyhow
 pub(super) fn submission(node: &Node, prompt_tokens: usize, new_tokens: usize, index: usize) -> Submission {
     let vocabulary = u64::from(node.models()[0].vocabulary_size);
     let id = |position: u64| ((position + 1) * 0x9E37_79B1 + index as u64 * 7919) % vocabulary;
+    let prompt_ids = (0..prompt_tokens as u64).map(|position| id(position) as u32).collect();
     Submission {
-        prompt_ids: (0..prompt_tokens as u64).map(|position| id(position) as u32).collect(),
-        resume_ids: Vec::new(),
-        output_tokens_max: new_tokens,
         grant: Grant { output_tokens: 1, is_final: false },
-        sampling: Sampling::GREEDY,
-        stop_strings: Vec::new().into(),
-        stop_ids: Vec::new(),
         ignore_end_of_sequence: true,
         tenant: format!("bench-{index}").into(),
-        tenant_weight: 1,
-        priority: Priority::Normal,
-        deadline: None,
+        ..Submission::new(prompt_ids, new_tokens)
     }
 }
 

@@ -1,10 +1,9 @@
 //! `sluice-node generate`: one prompt through the real engine, without a server.
 
 use crate::engine::Submission;
-use crate::engine::mailbox::{Ending, Grant, Usage};
+use crate::engine::mailbox::{Ending, Usage};
 use crate::node::{Node, NodeOptions};
 use crate::sampler::Sampling;
-use crate::scheduler::Priority;
 use anyhow::{bail, ensure};
 use sluice_proto::node::v1::tokenize_request::Input;
 use sluice_proto::node::v1::{ChatMessage, ChatPrompt};
@@ -155,18 +154,10 @@ fn submission(node: &Node, args: &Args) -> anyhow::Result<Submission> {
     let output_tokens_max = args.max_tokens.min(context - prompt_ids.len());
     let sampling = Sampling::new(args.temperature, args.top_p, args.top_k, args.seed);
     Ok(Submission {
-        prompt_ids,
-        resume_ids: Vec::new(),
-        output_tokens_max,
-        grant: Grant { output_tokens: output_tokens_max as u64, is_final: true },
         sampling: sampling
             .map_err(|error| anyhow::anyhow!("--{}: {error}", error.field().replace('_', "-")))?,
         stop_strings: args.stop.clone().into(),
-        stop_ids: Vec::new(),
         ignore_end_of_sequence: args.ignore_eos,
-        tenant: "".into(),
-        tenant_weight: 1,
-        priority: Priority::Normal,
-        deadline: None,
+        ..Submission::new(prompt_ids, output_tokens_max)
     })
 }

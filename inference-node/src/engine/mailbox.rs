@@ -4,6 +4,7 @@
 //! number of messages can fill a queue. What the engine says piles up in one outbox, where text joins text: a slow
 //! client finds one long delta instead of many short ones, and a step never waits for it. The grant bounds the pile.
 
+use crate::sampler::TokenLogprobs;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::Notify;
@@ -33,17 +34,35 @@ pub enum Ending {
     GrantExhausted,
     GrantTimeout,
     Deadline,
+    /// The constraint cannot be followed any further: the rest of the sentence that its name begins.
+    Constraint(&'static str),
     /// Not the client's doing: the sentence is for the log and the status.
     Broken(&'static str),
 }
 
+/// A token as it was sampled.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampled {
+    pub id: u32,
+    pub logprobs: Option<TokenLogprobs>,
+}
+
 /// Everything since the last take.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq)]
 pub struct Delivery {
     pub text: String,
     pub ids: Vec<u32>,
+    /// One for each id, where they were asked for.
+    pub logprobs: Vec<TokenLogprobs>,
     pub usage: Usage,
     pub ending: Option<Ending>,
+}
+
+impl Delivery {
+    fn take_up(&mut self, sampled: Sampled) {
+        self.ids.push(sampled.id);
+        self.logprobs.extend(sampled.logprobs);
+    }
 }
 
 #[derive(Default)]
@@ -136,18 +155,18 @@ impl Outlet {
     }
 
     /// A token was sampled, and `text` became certain with it.
-    pub fn token(&self, id: u32, text: &str, usage: Usage) {
+    pub fn token(&self, sampled: Sampled, text: &str, usage: Usage) {
         self.put(|delivery| {
-            delivery.ids.push(id);
+            delivery.take_up(sampled);
             delivery.text.push_str(text);
             delivery.usage = usage;
         });
     }
 
     /// The end. `last` and `text` leave together: text that is sent is always a function of the ids sent.
-    pub fn end(self, last: Option<u32>, text: &str, usage: Usage, ending: Ending) {
+    pub fn end(self, last: Option<Sampled>, text: &str, usage: Usage, ending: Ending) {
         self.put(|delivery| {
-            delivery.ids.extend(last);
+            last.into_iter().for_each(|sampled| delivery.take_up(sampled));
             delivery.text.push_str(text);
             delivery.usage = usage;
             delivery.ending = Some(ending);
@@ -179,6 +198,10 @@ mod tests {
 
     const NO_GRANT: Grant = Grant { output_tokens: 0, is_final: false };
 
+    fn plain(id: u32) -> Sampled {
+        Sampled { id, logprobs: None }
+    }
+
     fn usage(output_tokens: u64) -> Usage {
         Usage { input_tokens: 3, cached_input_tokens: 0, output_tokens }
     }
@@ -187,14 +210,19 @@ mod tests {
     async fn a_slow_reader_finds_one_long_delivery() {
         let mailbox = Arc::new(Mailbox::new(NO_GRANT));
         let outlet = Outlet::new(mailbox.clone());
-        outlet.token(7, "a", usage(1));
-        outlet.token(8, "b", usage(2));
-        let expect = Delivery { text: "ab".into(), ids: vec![7, 8], usage: usage(2), ending: None };
+        outlet.token(plain(7), "a", usage(1));
+        outlet.token(plain(8), "b", usage(2));
+        let expect = Delivery { text: "ab".into(), ids: vec![7, 8], usage: usage(2), ..Delivery::default() };
         assert_eq!(mailbox.take().await, Some(expect));
-        outlet.token(9, "", usage(3));
-        outlet.end(Some(10), "c", usage(4), Ending::Length);
-        let expect =
-            Delivery { text: "c".into(), ids: vec![9, 10], usage: usage(4), ending: Some(Ending::Length) };
+        outlet.token(plain(9), "", usage(3));
+        outlet.end(Some(plain(10)), "c", usage(4), Ending::Length);
+        let expect = Delivery {
+            text: "c".into(),
+            ids: vec![9, 10],
+            usage: usage(4),
+            ending: Some(Ending::Length),
+            ..Delivery::default()
+        };
         assert_eq!(mailbox.take().await, Some(expect));
         assert_eq!(mailbox.take().await, None);
     }

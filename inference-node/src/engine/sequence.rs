@@ -1,10 +1,11 @@
 //! One sequence inside the engine: its tokens, where it may end, and what of its text is out.
 
 use super::Submission;
-use super::mailbox::{Ending, Outlet, Usage};
+use super::mailbox::{Ending, Outlet, Sampled, Usage};
+use crate::constraint::{Guide, Masks};
 use crate::detokenizer::Detokenizer;
-use crate::sampler::Sampling;
 use crate::state::{Slot, Suspended};
+use crate::sampler::{Choice, History, Sampler, Sampling, TokenLogprobs};
 use crate::tokenizer::Tokenizer;
 use std::sync::Arc;
 use std::time::Instant;
@@ -12,7 +13,6 @@ use std::time::Instant;
 pub(super) struct Sequence {
     /// Prompt, then output.
     pub tokens: Vec<u32>,
-    pub sampling: Sampling,
     pub deadline: Option<Instant>,
     pub slot: Option<Slot>,
     /// Its state while others have its slot.
@@ -26,6 +26,11 @@ pub(super) struct Sequence {
     prompt_tokens: usize,
     resumed_tokens: usize,
     output_tokens_max: usize,
+    output_tokens_min: usize,
+    sampling: Sampling,
+    history: History,
+    top_logprobs: Option<usize>,
+    guide: Option<Guide>,
     stop_ids: Vec<u32>,
     stop_strings: Arc<[String]>,
     detokenizer: Detokenizer,
@@ -47,8 +52,11 @@ impl Sequence {
         let mut sequence = Sequence {
             prompt_tokens: submission.prompt_ids.len(),
             resumed_tokens: submission.resume_ids.len(),
+            history: History::new(&submission.sampling, tokenizer.vocab_size(), &submission.prompt_ids),
             tokens: submission.prompt_ids,
             sampling: submission.sampling,
+            top_logprobs: submission.top_logprobs,
+            guide: None,
             deadline: submission.deadline,
             slot: None,
             suspended: None,
@@ -56,6 +64,7 @@ impl Sequence {
             granted_tokens: submission.grant.output_tokens,
             computed: 0,
             output_tokens_max: submission.output_tokens_max,
+            output_tokens_min: submission.output_tokens_min,
             stop_ids,
             detokenizer: Detokenizer::new(submission.stop_strings.clone()),
             stop_strings: submission.stop_strings,
@@ -68,24 +77,72 @@ impl Sequence {
                 return (sequence, Some(ending));
             }
         }
-        (sequence, None)
+        // It has replayed them itself, before the engine heard of the sequence.
+        sequence.guide = submission.constraint.map(Guide::new);
+        let whole = sequence.is_whole().then_some(Ending::Stop { stop_string: None });
+        (sequence, whole)
+    }
+
+    /// The next token, by the logits for it.
+    pub fn choose(&mut self, logits: &[f32], sampler: &mut Sampler) -> Result<Sampled, Ending> {
+        let mask = match &mut self.guide {
+            Some(guide) => Some(guide.mask().map_err(Ending::Constraint)?.bits()),
+            None => None,
+        };
+        let too_early = self.tokens.len() - self.prompt_tokens < self.output_tokens_min;
+        let choice = Choice {
+            logits,
+            sampling: &self.sampling,
+            history: &self.history,
+            mask,
+            suppressed: if too_early { &self.stop_ids } else { &[] },
+            position: self.tokens.len() as u64,
+        };
+        let Some(id) = sampler.sample(&choice) else {
+            return Err(Ending::Broken("the model computed logits that are not finite"));
+        };
+        if let Some(guide) = &mut self.guide {
+            guide.consume(id).map_err(Ending::Constraint)?;
+        }
+        let logprobs = self.top_logprobs.map(|top| TokenLogprobs::of(logits, id, top));
+        Ok(Sampled { id, logprobs })
+    }
+
+    /// Has what the next token needs made ready beside the next step.
+    pub fn prepare(&mut self, masks: &Masks) {
+        if let Some(guide) = &mut self.guide {
+            guide.prepare(masks);
+        }
     }
 
     /// Appends an output token; `text` gets what became certain with it, everything if it was the last.
     pub fn advance(&mut self, id: u32, tokenizer: &Tokenizer, text: &mut String) -> Option<Ending> {
         self.tokens.push(id);
-        if self.stop_ids.contains(&id) {
+        self.history.push(id);
+        let may_stop = self.output_tokens() > self.output_tokens_min;
+        if may_stop && self.stop_ids.contains(&id) {
             self.detokenizer.finish(text);
             return Some(Ending::Stop { stop_string: None });
         }
-        if let Some(stop) = self.detokenizer.push(tokenizer.bytes(id), text) {
+        if !may_stop {
+            self.detokenizer.push_unwatched(tokenizer.bytes(id), text);
+        } else if let Some(stop) = self.detokenizer.push(tokenizer.bytes(id), text) {
             return Some(Ending::Stop { stop_string: Some(self.stop_strings[stop].clone()) });
+        }
+        if self.is_whole() {
+            self.detokenizer.finish(text);
+            return Some(Ending::Stop { stop_string: None });
         }
         if self.output_tokens() >= self.output_tokens_max {
             self.detokenizer.finish(text);
             return Some(Ending::Length);
         }
         None
+    }
+
+    /// Whether its constraint allows nothing more.
+    fn is_whole(&self) -> bool {
+        self.guide.as_ref().is_some_and(Guide::is_complete)
     }
 
     pub fn output_tokens(&self) -> usize {
@@ -127,7 +184,7 @@ impl Sequence {
     }
 
     /// Ends it right after a token, with the text that [`Sequence::advance`] gave.
-    pub fn end_after(self, last: u32, text: &str, ending: Ending) -> Option<Slot> {
+    pub fn end_after(self, last: Sampled, text: &str, ending: Ending) -> Option<Slot> {
         let usage = self.usage();
         self.outlet.end(Some(last), text, usage, ending);
         self.slot

@@ -176,8 +176,19 @@ pub struct Start {
     #[prost(enumeration = "Priority", tag = "12")]
     pub priority: i32,
     /// The tenant's share of the node against that of others, 1 to 1000; 0 means 1. The latest one counts.
-    #[prost(uint32, tag = "20")]
+    #[prost(uint32, tag = "30")]
     pub tenant_weight: u32,
+    /// The model's end of sequence, stop ids and stop strings count only after this many output tokens. At most
+    /// `output_tokens_max`. A constraint that is complete ends the sequence all the same.
+    #[prost(uint32, tag = "20")]
+    pub output_tokens_min: u32,
+    /// Present: each token comes with its log-probability and those of this many likeliest tokens. At most 20.
+    #[prost(uint32, optional, tag = "21")]
+    pub top_logprobs: ::core::option::Option<u32>,
+    /// What the output must conform to. At its end the sequence finishes with FINISH_REASON_STOP; a sequence that ends
+    /// for another reason (LENGTH, a stop string) may leave it incomplete.
+    #[prost(message, optional, tag = "22")]
+    pub constraint: ::core::option::Option<Constraint>,
 }
 /// How many output tokens the sequence may generate in total. A sequence at its grant is skipped until it is
 /// raised. Cumulative, so a repeated or reordered grant does no harm: the largest counts.
@@ -192,7 +203,7 @@ pub struct Grant {
 /// The node answers with `finished` (FINISH_REASON_CANCELLED) and the exact usage until then.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Cancel {}
-#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Sampling {
     /// 0 is greedy; ties go to the lowest token id.
     #[prost(float, tag = "1")]
@@ -206,8 +217,66 @@ pub struct Sampling {
     /// The random number at position p depends on (seed, p) alone.
     #[prost(uint64, tag = "4")]
     pub seed: u64,
+    /// In \[0, 1\]: tokens less likely than this part of the likeliest are not drawn. 0 means no limit.
+    #[prost(float, tag = "5")]
+    pub min_p: f32,
+    /// In \[0.1, 10\]: divides positive and multiplies negative logits of tokens in prompt or output. 0 means 1: none.
+    #[prost(float, tag = "6")]
+    pub repetition_penalty: f32,
+    /// In \[-2, 2\]: taken from a token's logit for each time it is in the output.
+    #[prost(float, tag = "7")]
+    pub frequency_penalty: f32,
+    /// In \[-2, 2\]: taken from the logits of tokens in the output.
+    #[prost(float, tag = "8")]
+    pub presence_penalty: f32,
+    /// By token id, each in \[-100, 100\]: added to logits. At most 1024.
+    #[prost(map = "uint32, float", tag = "9")]
+    pub logit_bias: ::std::collections::HashMap<u32, f32>,
 }
+/// What the output must conform to; INVALID_ARGUMENT names the field and why where it cannot be.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Constraint {
+    #[prost(oneof = "constraint::Kind", tags = "1, 2, 3, 4, 5")]
+    pub kind: ::core::option::Option<constraint::Kind>,
+}
+/// Nested message and enum types in `Constraint`.
+pub mod constraint {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Kind {
+        /// A JSON schema: the output is one JSON value that is valid under it. Unknown and unsupported keywords are refused.
+        #[prost(string, tag = "1")]
+        JsonSchema(::prost::alloc::string::String),
+        /// Any JSON object.
+        #[prost(message, tag = "2")]
+        JsonObject(super::JsonObject),
+        /// A regular expression (Rust's syntax, without look-around and back-references) that the whole output matches.
+        #[prost(string, tag = "3")]
+        Regex(::prost::alloc::string::String),
+        /// A context-free grammar in the Lark syntax of llguidance.
+        #[prost(string, tag = "4")]
+        Lark(::prost::alloc::string::String),
+        /// Calls of declared tools, in the format that the model's chat template teaches.
+        #[prost(message, tag = "5")]
+        ToolCalls(super::ToolCalls),
+    }
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct JsonObject {}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ToolCalls {
+    /// JSON array of tool declarations in the OpenAI shape: those that the prompt was rendered with.
+    #[prost(string, tag = "1")]
+    pub tools_json: ::prost::alloc::string::String,
+    #[prost(enumeration = "ToolChoice", tag = "2")]
+    pub choice: i32,
+    /// The tool to call; set with TOOL_CHOICE_NAMED only.
+    #[prost(string, tag = "3")]
+    pub tool_name: ::prost::alloc::string::String,
+    /// At most one call, where the format has several.
+    #[prost(bool, tag = "4")]
+    pub single: bool,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct GenerateResponse {
     #[prost(uint64, tag = "1")]
     pub sequence_number: u64,
@@ -219,7 +288,7 @@ pub struct GenerateResponse {
 }
 /// Nested message and enum types in `GenerateResponse`.
 pub mod generate_response {
-    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum Event {
         #[prost(message, tag = "2")]
         Started(super::Started),
@@ -232,13 +301,49 @@ pub mod generate_response {
 /// The prompt is computed and the first token is about to follow.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Started {}
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Delta {
     /// Whole UTF-8 characters. May be empty when the tokens so far end inside one or inside a possible stop string.
     #[prost(string, tag = "1")]
     pub text: ::prost::alloc::string::String,
     #[prost(uint32, repeated, tag = "2")]
     pub ids: ::prost::alloc::vec::Vec<u32>,
+    /// One for each of `ids`, where they were asked for.
+    #[prost(message, repeated, tag = "20")]
+    pub logprobs: ::prost::alloc::vec::Vec<TokenLogprobs>,
+    /// What the output says of tool calls, where the constraint is `tool_calls`: it is not in `text` then.
+    #[prost(message, repeated, tag = "21")]
+    pub tool_calls: ::prost::alloc::vec::Vec<ToolCallDelta>,
+}
+/// Of the model's own distribution: before temperature, penalties, biases and constraints.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct TokenLogprobs {
+    #[prost(message, optional, tag = "1")]
+    pub chosen: ::core::option::Option<TokenLogprob>,
+    /// Likeliest first.
+    #[prost(message, repeated, tag = "2")]
+    pub top: ::prost::alloc::vec::Vec<TokenLogprob>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct TokenLogprob {
+    #[prost(uint32, tag = "1")]
+    pub id: u32,
+    #[prost(float, tag = "2")]
+    pub logprob: f32,
+    /// What the token stands for; not always whole characters. A control token stands for none.
+    #[prost(bytes = "vec", tag = "3")]
+    pub bytes: ::prost::alloc::vec::Vec<u8>,
+}
+/// Deltas of one call share an index, which counts from 0. The first has the name, all of it.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ToolCallDelta {
+    #[prost(uint32, tag = "1")]
+    pub index: u32,
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    /// Appended to the JSON text of the arguments.
+    #[prost(string, tag = "3")]
+    pub arguments: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Finished {
@@ -287,6 +392,40 @@ impl Priority {
             "PRIORITY_BATCH" => Some(Self::Batch),
             "PRIORITY_NORMAL" => Some(Self::Normal),
             "PRIORITY_HIGH" => Some(Self::High),
+            _ => None,
+        }
+    }
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum ToolChoice {
+    Unspecified = 0,
+    /// Text or calls, as the model likes.
+    Auto = 1,
+    /// At least one call.
+    Required = 2,
+    Named = 3,
+}
+impl ToolChoice {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "TOOL_CHOICE_UNSPECIFIED",
+            Self::Auto => "TOOL_CHOICE_AUTO",
+            Self::Required => "TOOL_CHOICE_REQUIRED",
+            Self::Named => "TOOL_CHOICE_NAMED",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "TOOL_CHOICE_UNSPECIFIED" => Some(Self::Unspecified),
+            "TOOL_CHOICE_AUTO" => Some(Self::Auto),
+            "TOOL_CHOICE_REQUIRED" => Some(Self::Required),
+            "TOOL_CHOICE_NAMED" => Some(Self::Named),
             _ => None,
         }
     }

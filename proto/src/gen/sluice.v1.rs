@@ -70,7 +70,40 @@ pub struct ChatParameters {
     /// Your own end user, for your usage reports.
     #[prost(string, tag = "9")]
     pub user: ::prost::alloc::string::String,
+    /// 0 to 1: tokens less likely than this part of the likeliest are not drawn.
+    #[prost(float, optional, tag = "10")]
+    pub min_p: ::core::option::Option<f32>,
+    /// 0.1 to 10; absent: none.
+    #[prost(float, optional, tag = "11")]
+    pub repetition_penalty: ::core::option::Option<f32>,
+    /// -2 to 2; absent: none.
+    #[prost(float, optional, tag = "12")]
+    pub frequency_penalty: ::core::option::Option<f32>,
+    /// -2 to 2; absent: none.
+    #[prost(float, optional, tag = "13")]
+    pub presence_penalty: ::core::option::Option<f32>,
+    /// By token id, each -100 to 100.
+    #[prost(map = "uint32, float", tag = "14")]
+    pub logit_bias: ::std::collections::HashMap<u32, f32>,
+    /// What the answer must be; absent: any text. What cannot be enforced is INVALID_ARGUMENT.
+    #[prost(oneof = "chat_parameters::Format", tags = "15, 16")]
+    pub format: ::core::option::Option<chat_parameters::Format>,
 }
+/// Nested message and enum types in `ChatParameters`.
+pub mod chat_parameters {
+    /// What the answer must be; absent: any text. What cannot be enforced is INVALID_ARGUMENT.
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Format {
+        /// JSON that is valid under this JSON schema.
+        #[prost(string, tag = "15")]
+        JsonSchema(::prost::alloc::string::String),
+        /// Any JSON object.
+        #[prost(message, tag = "16")]
+        JsonObject(super::JsonObject),
+    }
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct JsonObject {}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ChatMessage {
     #[prost(enumeration = "Role", tag = "1")]

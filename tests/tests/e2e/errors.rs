@@ -96,13 +96,10 @@ async fn unsupported_requests_are_refused_not_dropped() {
         json!([{ "role": "user", "content": [{ "type": "image_url", "image_url": { "url": "data:," } }] }]);
     for (change, param) in [
         (json!({ "n": 2 }), "n"),
-        (json!({ "tools": tool }), "tools"),
-        (json!({ "response_format": schema }), "response_format"),
-        (json!({ "response_format": { "type": "json_object" } }), "response_format"),
-        (json!({ "logprobs": true }), "logprobs"),
-        (json!({ "frequency_penalty": 0.5 }), "frequency_penalty"),
-        (json!({ "presence_penalty": 0.5 }), "presence_penalty"),
-        (json!({ "logit_bias": { "5": 10 } }), "logit_bias"),
+        (json!({ "tools": tool, "response_format": schema }), "response_format"),
+        (json!({ "tools": [{ "type": "custom", "custom": { "name": "c" } }] }), "tools"),
+        (json!({ "functions": [{ "name": "f" }] }), "functions"),
+        (json!({ "response_format": { "type": "grammar" } }), "response_format"),
         (json!({ "messages": image }), "messages"),
     ] {
         let reply = cluster.chat(&changed(&cluster, &change)).await;
