@@ -85,7 +85,7 @@ def main():
     node, say = Node(options.node, options.threads), lambda line: print(f"   {line}", file=sys.stderr, flush=True)
     measures = {
         "peers": lambda: peers.measure(node, options.tools, options.rounds, options.depth, options.new_tokens, say),
-        "gaps": lambda: peers.measure_gaps(node, options.tools, options.dtype),
+        "gaps": lambda: peers.measure_gaps(node, options.tools),
         "quality": lambda: quality.measure(node),
         "baselines": lambda: lengths.measure_baselines(node, options.tools, options.tokens, options.dtype, say),
         "long": lambda: lengths.measure_long(node, options.tools, lengths.LENGTHS, say),
