@@ -67,9 +67,30 @@ pub struct NodeOptions {
     #[arg(long, value_name = "N")]
     pub cache_tokens: Option<usize>,
 
-    /// How long a sequence keeps its slot while its client grants nothing
+    /// How long a sequence is kept while its client grants nothing
     #[arg(long, value_name = "MS", default_value_t = DEFAULT_GRANT_IDLE_MS)]
     pub grant_idle_ms: u64,
+
+    /// How long it keeps its slot meanwhile, if others wait for one
+    #[arg(long, value_name = "MS", default_value_t = DEFAULT_GRANT_PATIENCE_MS)]
+    pub grant_patience_ms: u64,
+
+    /// Memory for the state of suspended sequences, beside that of the slots; while it is full, or 0, nobody is suspended
+    #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_SUSPENDED_BYTES_MAX)]
+    pub suspended_bytes_max: u64,
+
+    /// Tokens that a sequence computes in a slot before it can be suspended for others
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_PREEMPT_AFTER_TOKENS)]
+    pub preempt_after_tokens: u64,
+
+    /// How many tokens a waiting tenant gets behind before a sequence of another is suspended for it
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_PREEMPT_LAG_TOKENS)]
+    pub preempt_lag_tokens: u64,
+
+    /// How long a step may take that computes prompts beside decoding, in steps that only decode: smaller keeps tokens
+    /// flowing more evenly, larger computes prompts faster
+    #[arg(long, value_name = "RATIO", default_value_t = DEFAULT_MIXED_STEP_RATIO)]
+    pub mixed_step_ratio: f64,
 
     /// Longest text that Tokenize takes
     #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_TOKENIZE_BYTES_MAX)]
@@ -80,6 +101,11 @@ const DEFAULT_SLOTS: usize = 32;
 const DEFAULT_WAITING_MAX: usize = 256;
 const DEFAULT_STEP_TOKENS_MAX: usize = 512;
 const DEFAULT_GRANT_IDLE_MS: u64 = 30_000;
+const DEFAULT_GRANT_PATIENCE_MS: u64 = 50;
+const DEFAULT_SUSPENDED_BYTES_MAX: u64 = 1 << 30;
+const DEFAULT_PREEMPT_AFTER_TOKENS: u64 = 64;
+const DEFAULT_PREEMPT_LAG_TOKENS: u64 = 2048;
+const DEFAULT_MIXED_STEP_RATIO: f64 = 2.5;
 const DEFAULT_TOKENIZE_BYTES_MAX: usize = 8 << 20;
 const DEFAULT_CACHE_BYTES_MAX: u64 = 4 << 30;
 
@@ -100,6 +126,11 @@ impl NodeOptions {
             step_tokens_max: DEFAULT_STEP_TOKENS_MAX,
             cache_tokens: None,
             grant_idle_ms: DEFAULT_GRANT_IDLE_MS,
+            grant_patience_ms: DEFAULT_GRANT_PATIENCE_MS,
+            suspended_bytes_max: DEFAULT_SUSPENDED_BYTES_MAX,
+            preempt_after_tokens: DEFAULT_PREEMPT_AFTER_TOKENS,
+            preempt_lag_tokens: DEFAULT_PREEMPT_LAG_TOKENS,
+            mixed_step_ratio: DEFAULT_MIXED_STEP_RATIO,
             tokenize_bytes_max: DEFAULT_TOKENIZE_BYTES_MAX,
         }
     }
@@ -123,6 +154,14 @@ impl NodeOptions {
             let reason =
                 format!("must be more than --slots ({}), or decoding leaves no room for prompts", self.slots);
             return refuse("step-tokens-max", reason);
+        }
+        if self.preempt_after_tokens == 0 {
+            return refuse("preempt-after-tokens", "must be at least 1".to_owned());
+        }
+        if !(self.mixed_step_ratio > 1.0 && self.mixed_step_ratio <= MIXED_STEP_RATIO_MAX) {
+            let reason =
+                format!("must be over 1, which leaves prompts nothing, and at most {MIXED_STEP_RATIO_MAX}");
+            return refuse("mixed-step-ratio", reason);
         }
         if !self.model_dir.is_dir() {
             return Err(StartError::NoDirectory(self.model_dir.clone()));
@@ -170,9 +209,12 @@ pub enum StartError {
 
 /// Threads beyond this are a typing error.
 const THREADS_MAX: usize = 1024;
+/// Beyond this there is no bound worth the name: `--step-tokens-max` sets it.
+const MIXED_STEP_RATIO_MAX: f64 = 1000.0;
 
 /// A running node. Dropped, its engine stops once the last sequence has ended.
 pub struct Node {
+    dtype: Dtype,
     service: Service,
     health: HealthReporter,
 }
@@ -185,7 +227,7 @@ impl Node {
         let started_at = Instant::now();
         let model =
             Arc::new(Model::load(dir, &LoadOptions { threads: options.threads, dtype: options.dtype })?);
-        let config = model.config();
+        let (config, dtype) = (model.config(), model.dtype());
         let tokenizer = Arc::new(Tokenizer::load(dir, config.vocab_size)?);
         let template = ChatTemplate::load(dir, &tokenizer)?;
         let generation = GenerationConfig::load(dir, config.vocab_size)?;
@@ -202,6 +244,11 @@ impl Node {
             step_tokens_max: options.step_tokens_max,
             cache_tokens: options.cache_tokens(&model),
             grant_idle: Duration::from_millis(options.grant_idle_ms),
+            grant_patience: Duration::from_millis(options.grant_patience_ms),
+            suspended_bytes_max: options.suspended_bytes_max,
+            preempt_after_tokens: options.preempt_after_tokens,
+            preempt_lag_tokens: options.preempt_lag_tokens,
+            mixed_step_ratio: options.mixed_step_ratio,
         };
         let engine =
             engine::start(model, tokenizer.clone(), end_of_sequence, limits).map_err(StartError::Thread)?;
@@ -220,7 +267,7 @@ impl Node {
             "the engine runs"
         );
         let service = Service::new(engine, tokenizer, template, description, limits);
-        Ok(Node { service, health: HealthReporter::new() })
+        Ok(Node { dtype, service, health: HealthReporter::new() })
     }
 
     /// Serves the node's contract, health and reflection on every connection of `incoming`, TCP or in memory, until
@@ -274,6 +321,11 @@ impl Node {
 
     pub fn models(&self) -> &[proto::ModelDescription] {
         self.service.models()
+    }
+
+    /// What the model's weights are stored and multiplied as.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
     }
 
     /// The same engine, without gRPC between.

@@ -1,6 +1,7 @@
 //! The command line of `sluice-node`.
 
 mod bench;
+mod bench_mixer;
 mod gaps;
 mod generate;
 mod init;

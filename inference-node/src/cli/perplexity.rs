@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, ensure};
 
+use crate::kernel::Dtype;
 use crate::model::{LoadOptions, Logits, Model, Runner, Span};
 use crate::state::{CacheLimits, StateCache};
 use crate::tokenizer::Tokenizer;
@@ -31,6 +32,10 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 512)]
     window: usize,
 
+    /// What weights are stored and multiplied as [default: bf16 where the checkpoint is bf16, else f32]
+    #[arg(long, value_enum, value_name = "DTYPE")]
+    dtype: Option<Dtype>,
+
     /// Threads that compute [default: all]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -43,6 +48,7 @@ pub struct Args {
 pub fn run(args: Args) -> anyhow::Result<()> {
     let mut options = LoadOptions::default();
     options.threads = args.threads.unwrap_or(options.threads);
+    options.dtype = args.dtype;
     ensure!(options.threads > 0, "--threads must be at least 1");
     ensure!(args.window > 1, "--window must be at least 2: the first token is given");
     let model = Arc::new(Model::load(&args.model, &options).context("cannot load the model")?);

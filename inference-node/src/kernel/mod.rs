@@ -15,7 +15,7 @@ mod memory;
 mod pool;
 mod reference;
 
-pub use cpu::Cpu;
+pub use cpu::{Cpu, Roofline};
 pub use matrix::{Dtype, Matrix};
 pub use reference::Reference;
 

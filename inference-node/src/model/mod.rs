@@ -13,7 +13,7 @@ use crate::state::StateShape;
 use weights::Weights;
 
 pub use reference::reference_logits;
-pub use runner::{Logits, Runner, Span};
+pub use runner::{Cost, Logits, Runner, Span};
 
 #[derive(Clone, Copy, Debug)]
 pub struct LoadOptions {

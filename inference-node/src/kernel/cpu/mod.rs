@@ -6,6 +6,7 @@
 mod dot;
 mod matmul;
 mod mixers;
+mod roofline;
 mod rows;
 mod simd;
 #[cfg(test)]
@@ -21,6 +22,7 @@ use crate::config::Residual;
 use crate::state::{BLOCK_TOKENS, LightningState};
 use matmul::{EncodeStrip, MatrixTask, STRIP};
 use mixers::{AttentionGroup, LightningHead, LightningTask};
+pub use roofline::Roofline;
 
 /// Rows of activations that one matrix task takes: they stay in the second-level cache while panels stream by.
 const TASK_ROWS: usize = 8 * STRIP;
@@ -459,7 +461,7 @@ impl Kernel for Cpu {
         out: &mut [f32],
     ) {
         let Heads { heads, head_dim: d, .. } = shape;
-        self.reserve_scratch(d * BLOCK_TOKENS);
+        self.reserve_scratch(d.max(BLOCK_TOKENS) * BLOCK_TOKENS);
         let (isa, scratch) = (self.isa, Parts::new(&mut self.scratch));
         let out = Parts::new(out);
         let (mut work, mut row) = (Vec::with_capacity(spans.len() * heads), 0);
