@@ -39,7 +39,7 @@ The same twin in bf16. Sixteen sequences decode; a prompt of 32 K tokens arrives
     "quality": ("What a dtype costs", """\
 The bundled model is small and the text is unlike what it was trained on; what counts is the difference between the rows."""),
     "baselines": ("What lightning attention saves at length", """\
-"Cheaper at 128 K" needs a baseline. (a) The mixer alone: one lightning layer against one softmax layer. (b) The whole model against the
+"Cheaper at 128 K" needs a baseline. (a) The mixer alone: one lightning layer against one softmax layer, two heads of 128. (b) The whole model against the
 same model with softmax GQA in every layer. (c) Against a dense Transformer with multi-head attention and as many parameters in all. The
 twin of (b) and (c): hidden 512, 8 layers, 8 experts top-2 of width 1408, 2 heads of 32, 1 key-value head; at 128 K its attention and the
 rest share the work about as they do in MiniMax-M1."""),
@@ -85,7 +85,7 @@ def main():
     node, say = Node(options.node, options.threads), lambda line: print(f"   {line}", file=sys.stderr, flush=True)
     measures = {
         "peers": lambda: peers.measure(node, options.tools, options.rounds, options.depth, options.new_tokens, say),
-        "gaps": lambda: peers.measure_gaps(node, options.tools, options.dtype),
+        "gaps": lambda: peers.measure_gaps(node, options.tools),
         "quality": lambda: quality.measure(node),
         "baselines": lambda: lengths.measure_baselines(node, options.tools, options.tokens, options.dtype, say),
         "long": lambda: lengths.measure_long(node, options.tools, lengths.LENGTHS, say),

@@ -4,6 +4,8 @@ Every number is measured at the length it stands for; nothing is extrapolated. M
 SHORT tokens to the long one, so that weights and activations cancel out and what the sequence keeps remains.
 """
 
+import json
+
 import twins
 from node import table
 
@@ -26,7 +28,8 @@ GROWTH_MAX = {
 # A layer's shares of work at 128 K as in MiniMax-M1: attention by softmax costs about twice what the projections and experts do.
 HYBRID = twins.config("llllllls", 512, 1408, 8, 2, 2, 1, 32, 4096)
 SOFTMAX = HYBRID | dict(attn_type_list=[1] * HYBRID["num_hidden_layers"])
-MIXER_MODEL = twins.PEERS
+# Heads are independent, so two of MiniMax-M1's size stand for any number; it takes no weights.
+MIXER = twins.config("ls", 256, 64, 2, 1, 2, 1, 128, 512)
 
 
 def dense_of_equal_size(twin):
@@ -83,8 +86,10 @@ def measure_baselines(node, tools, tokens, dtype, say):
         row = one(node, folder, tokens, dtype) | dict(model=name)
         say(f"{name}: prefill {row['prefill_tokens_per_second']:.0f}, decode {row['decode_tokens_per_second']:.0f} tokens/s")
         rows.append(row)
-    peers = twins.make(node.binary, tools / "models" / "peers", MIXER_MODEL)
-    mixer = node.ask("bench", peers, mixer=True, prompt_tokens=tokens, dtype=dtype)
+    folder = tools / "models" / "mixer"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(MIXER))
+    mixer = node.ask("bench", folder, mixer=True, prompt_tokens=tokens)
     return dict(tokens=tokens, dtype=dtype, models=rows, mixer=mixer)
 
 
@@ -108,16 +113,17 @@ def markdown_baselines(result):
             saved = [percent(rate / our) for rate, our in zip(rates, ours_of)]
             saved.append(percent(ours["growth_bytes"] / row["growth_bytes"]))
         lines.append([row["model"], *(f"{rate:,.0f}" for rate in rates), mib(row["growth_bytes"]), *saved])
-    share = percent(mixer["lightning_us"] / mixer["softmax_us"])
-    return (
-        f"{table(lines)}\n\nThe last three columns: what the hybrid saves or costs against that row. (a) Mixer only, one layer of the 918 M "
-        f"twin's shape at {mixer['length']:,} tokens: lightning {mixer['lightning_us']:,.0f} us, softmax {mixer['softmax_us']:,.0f} us, {share}."
-    )
+    alone = [[f"one layer's mixer, {mixer['length']:,} tokens", "prefill, ms", "a token then, us"]]
+    pairs = [("lightning_us", "softmax_us", 1000), ("lightning_decode_us", "softmax_decode_us", 1)]
+    alone.append(["lightning", *(f"{mixer[ours] / unit:,.1f}" for ours, _, unit in pairs)])
+    alone.append(["(a) softmax", *(f"{mixer[theirs] / unit:,.1f}" for _, theirs, unit in pairs)])
+    alone.append(["what lightning saves", *(percent(mixer[ours] / mixer[theirs]) for ours, theirs, _ in pairs)])
+    return f"{table(alone)}\n\n{table(lines)}\n\nThe last three columns: what the hybrid saves or costs against that row."
 
 
 def percent(share):
     """What is left of a cost, as the change."""
-    return f"{share - 1:+.0%}"
+    return f"{share - 1:+.1%}"
 
 
 def mib(count):

@@ -156,9 +156,10 @@ def measure(node, tools, rounds, depth, new, say):
     )  # fmt: skip
 
 
-def measure_gaps(node, tools, dtype):
+def measure_gaps(node, tools):
+    """In the twin's own dtype, bf16."""
     folder = twins.make(node.binary, tools / "models" / "peers", twins.PEERS)
-    return node.ask("gaps", folder, streams=16, prompt_tokens=32_768, dtype=dtype)
+    return node.ask("gaps", folder, streams=16, prompt_tokens=32_768)
 
 
 def markdown_gaps(result):
