@@ -16,6 +16,7 @@ use tokio::task::JoinHandle;
 use super::bench;
 use crate::engine::Answer;
 use crate::engine::mailbox::{Ending, Grant};
+use crate::kernel::Dtype;
 use crate::node::{Node, NodeOptions};
 
 /// Prompt tokens of a stream.
@@ -43,6 +44,10 @@ pub struct Args {
     #[arg(long, value_name = "MS", default_value_t = 5000)]
     alone_ms: u64,
 
+    /// What weights are stored and multiplied as [default: bf16 where the checkpoint is bf16, else f32]
+    #[arg(long, value_enum, value_name = "DTYPE")]
+    dtype: Option<Dtype>,
+
     /// Threads that compute [default: all]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -63,6 +68,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let mut options = NodeOptions::new(&args.model);
     options.slots = args.streams + 1;
     options.waiting_max = args.streams + 1;
+    options.dtype = args.dtype;
     options.threads = args.threads.unwrap_or(options.threads);
     options.step_tokens_max =
         args.step_tokens_max.unwrap_or(options.step_tokens_max.max((args.streams + 1) * 2));
@@ -217,6 +223,7 @@ mod tests {
             prompt_tokens: 3000,
             stream_tokens_max: 4000,
             alone_ms: 10,
+            dtype: None,
             threads: Some(2),
             step_tokens_max: Some(64),
             json: true,

@@ -129,6 +129,7 @@ fn surprise(row: &[f32], target: u32) -> f64 {
 mod tests {
     use super::*;
     use crate::checkpoint::Checkpoint;
+    use crate::kernel::Dtype;
     use crate::model::reference_logits;
 
     #[test]
@@ -147,7 +148,8 @@ mod tests {
     fn every_window_is_scored_from_an_empty_state() {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/text-01");
         let checkpoint = Checkpoint::open(&dir).expect("a golden opens");
-        let model = Arc::new(Model::load(&dir, &LoadOptions::default()).expect("a golden loads"));
+        let options = LoadOptions { threads: 2, dtype: Some(Dtype::F32) };
+        let model = Arc::new(Model::load(&dir, &options).expect("a golden loads"));
         let vocabulary = model.config().vocab_size as u32;
         let ids: Vec<u32> = (0..CHUNK_TOKENS as u32 + 40).map(|i| i * 31 % vocabulary).collect();
         let mut runner = Runner::new(model, 2);
