@@ -66,6 +66,8 @@ pub struct Arrival {
     pub output_tokens: u64,
     /// Output tokens it may have in total.
     pub granted_tokens: u64,
+    /// Positions, ascending, at which a stretch of work must end: a checkpoint is made there.
+    pub stops: Arc<[usize]>,
 }
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -105,6 +107,7 @@ struct Sequence {
     computed: usize,
     output: u64,
     granted: u64,
+    stops: Arc<[usize]>,
 }
 
 #[derive(Default)]
@@ -131,6 +134,12 @@ impl Sequence {
     /// Tokens that may be computed now: without a grant, not the last.
     fn allowed(&self) -> usize {
         if self.output < self.granted { self.left() } else { self.left() - 1 }
+    }
+
+    /// Tokens up to the next place where work must end.
+    fn until_stop(&self) -> usize {
+        let next = self.stops.partition_point(|&stop| stop <= self.computed);
+        self.stops.get(next).map_or(usize::MAX, |stop| stop - self.computed)
     }
 }
 
@@ -189,6 +198,7 @@ impl Scheduler {
             computed: 0,
             output: arrival.output_tokens,
             granted: arrival.granted_tokens,
+            stops: arrival.stops,
         };
         let before = self.sequences.insert(arrival.id, sequence);
         debug_assert!(before.is_none(), "ids are unique");
@@ -217,6 +227,16 @@ impl Scheduler {
             self.running += 1;
             self.admissions += 1;
         }
+    }
+
+    /// An admitted sequence starts with its first `tokens` known from a cache: they are work for nobody. At least one token is
+    /// left, because the next is sampled from it.
+    pub fn restored(&mut self, id: SequenceId, tokens: usize) {
+        let sequence = self.sequences.get_mut(&id).expect("an admitted sequence is known");
+        debug_assert!(sequence.running && sequence.computed == 0 && tokens < sequence.known);
+        sequence.computed = tokens;
+        let flow = self.flows.get_mut(&sequence.flow).expect("a sequence's flow is kept");
+        flow.promised -= tokens as u64;
     }
 
     /// Fills `batch` with the next step, and takes it for computed.
@@ -314,7 +334,7 @@ fn take(id: SequenceId, sequence: &mut Sequence, flow: &mut Flow, tokens: usize)
 /// How many tokens of a prompt go into a step with `budget` left. Only the first in turn may end off the grid for want
 /// of budget: it must get on, the others can wait for a whole block.
 fn chunk(sequence: &Sequence, budget: usize, block: usize, first: bool) -> usize {
-    let allowed = sequence.allowed();
+    let allowed = sequence.allowed().min(sequence.until_stop());
     if allowed <= budget {
         return allowed;
     }

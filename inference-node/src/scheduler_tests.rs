@@ -13,6 +13,7 @@ fn arrival(id: u64, tenant: &str, known_tokens: usize, granted_tokens: u64) -> A
         known_tokens,
         output_tokens: 0,
         granted_tokens,
+        stops: Arc::new([]),
     }
 }
 
@@ -140,6 +141,25 @@ fn a_prompt_is_cut_on_the_grid_and_decoding_goes_on_beside_it() {
         }
     }
     assert_eq!(prefill, [(0, 16, false), (16, 16, false), (32, 16, false), (48, 27, true), (75, 1, true)]);
+}
+
+#[test]
+fn work_ends_at_stops_and_begins_after_what_was_restored() {
+    let mut scheduler = Scheduler::new(LIMITS);
+    let stops: Arc<[usize]> = Arc::new([16, 32, 48, 64]);
+    scheduler.enqueue(Arrival { stops, ..arrival(0, "a", 75, 100) }).expect("room");
+    scheduler.admit(|_| true);
+    scheduler.restored(SequenceId(0), 30);
+    assert_eq!(scheduler.prompt_tokens_pending(), 45);
+    let mut batch = Vec::new();
+    let mut prefill = Vec::new();
+    for _ in 0..4 {
+        scheduler.schedule(&mut batch);
+        prefill.extend(batch.iter().map(|work| (work.from, work.tokens, work.samples)));
+    }
+    assert_eq!(prefill, [(30, 2, false), (32, 16, false), (48, 16, false), (64, 11, true)]);
+    scheduler.remove(SequenceId(0));
+    assert!(scheduler.flows.values().all(|flow| flow.promised == 0));
 }
 
 #[test]

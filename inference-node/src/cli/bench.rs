@@ -52,6 +52,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     options.waiting_max = args.batch;
     options.threads = args.threads.unwrap_or(options.threads);
     options.step_tokens_max = args.step_tokens_max.unwrap_or(options.step_tokens_max.max(args.batch * 2));
+    // What is measured is computed, every time.
+    options.cache_ram_bytes = 0;
     options.cache_tokens = Some(args.batch * (args.prompt_tokens + args.new_tokens).next_multiple_of(256));
     let threads = options.threads;
     let load_started_at = Instant::now();

@@ -1,6 +1,7 @@
 //! The command line of `sluice-node`.
 
 mod bench;
+mod cache;
 mod generate;
 mod init;
 mod logits;
@@ -42,6 +43,8 @@ enum Command {
     Init(init::InitArgs),
     /// Measure prefill and decode through the engine
     Bench(bench::Args),
+    /// Look into the folder of a node's state cache
+    Cache(cache::Args),
 }
 
 pub fn main() -> ExitCode {
@@ -63,6 +66,7 @@ pub fn main() -> ExitCode {
         Command::Logits(args) => logits::run(args),
         Command::Init(args) => init::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Cache(args) => cache::run(args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

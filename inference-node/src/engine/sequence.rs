@@ -1,9 +1,11 @@
 //! One sequence inside the engine: its tokens, where it may end, and what of its text is out.
 
 use super::Submission;
+use super::caching::Prefix;
 use super::mailbox::{Ending, Outlet, Usage};
 use crate::detokenizer::Detokenizer;
 use crate::sampler::Sampling;
+use crate::scheduler::Priority;
 use crate::state::Slot;
 use crate::tokenizer::Tokenizer;
 use std::sync::Arc;
@@ -12,6 +14,8 @@ use std::time::Instant;
 pub(super) struct Sequence {
     /// Prompt, then output.
     pub tokens: Vec<u32>,
+    pub tenant: Arc<str>,
+    pub priority: Priority,
     pub sampling: Sampling,
     pub deadline: Option<Instant>,
     pub slot: Option<Slot>,
@@ -22,6 +26,7 @@ pub(super) struct Sequence {
     pub granted_tokens: u64,
     /// Tokens in the state.
     pub computed: usize,
+    pub prefix: Prefix,
     prompt_tokens: usize,
     resumed_tokens: usize,
     output_tokens_max: usize,
@@ -47,6 +52,8 @@ impl Sequence {
             prompt_tokens: submission.prompt_ids.len(),
             resumed_tokens: submission.resume_ids.len(),
             tokens: submission.prompt_ids,
+            tenant: submission.tenant,
+            priority: submission.priority,
             sampling: submission.sampling,
             deadline: submission.deadline,
             slot: None,
@@ -54,6 +61,7 @@ impl Sequence {
             idle_since: None,
             granted_tokens: submission.grant.output_tokens,
             computed: 0,
+            prefix: Prefix::default(),
             output_tokens_max: submission.output_tokens_max,
             stop_ids,
             detokenizer: Detokenizer::new(submission.stop_strings.clone()),
@@ -101,13 +109,15 @@ impl Sequence {
         self.prompt_tokens + self.resumed_tokens
     }
 
-    /// A prompt counts as far as it was computed; that of a resumed sequence was, elsewhere.
+    /// A prompt counts as far as it was computed; that of a resumed sequence was, elsewhere. What came from the cache is in a class
+    /// of its own.
     pub fn usage(&self) -> Usage {
-        let input =
+        let prompt =
             if self.resumed_tokens > 0 { self.prompt_tokens } else { self.computed.min(self.prompt_tokens) };
+        let cached = self.prefix.restored.min(self.prompt_tokens);
         Usage {
-            input_tokens: input as u64,
-            cached_input_tokens: 0,
+            input_tokens: (prompt - cached) as u64,
+            cached_input_tokens: cached as u64,
             output_tokens: self.output_tokens() as u64,
         }
     }
