@@ -75,6 +75,7 @@ impl Caching {
         // The last token is computed in any case: the next is sampled from its logits.
         let place = self.prefixes.deepest(&prefix.chain, &sequence.tokens, sequence.tokens.len() - 1);
         let Some(place) = place else { return 0 };
+        assert!(place.position < sequence.tokens.len(), "a token is left to compute");
         let checkpoint = self.prefixes.get(place.key, now).expect("the index names what is in memory");
         cache.start_from(slot, &checkpoint);
         (prefix.restored, prefix.last) = (place.position, Some(place.key));

@@ -173,6 +173,43 @@ async fn a_parked_session_resumes_after_a_restart_with_one_token() {
     assert_eq!(counted(&node), (1, 150 + 24), "the last token alone is computed");
 }
 
+/// What is parked just behind the prompt is one token too deep for the same prompt: the next token comes from its last.
+#[tokio::test]
+async fn the_last_token_of_a_prompt_is_computed() {
+    let node = node(|_| {});
+    for tokens in [100, 128] {
+        let one = Submission { output_tokens_max: 1, ..chat(tokens, tokens) };
+        let first = generate(&node, one.clone()).await;
+        let again = generate(&node, one.clone()).await;
+        assert_eq!((again.ids, again.usage.cached_input_tokens), (first.ids.clone(), 64), "{tokens} tokens");
+        let resumed = Submission { resume_ids: first.ids, output_tokens_max: 20, ..one };
+        let resumed = generate(&node, resumed).await;
+        assert_eq!(resumed.usage.cached_input_tokens, u64::from(tokens));
+    }
+}
+
+#[tokio::test]
+async fn files_that_vanish_under_a_node_cost_time_and_nothing_else() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let dir = folder.path().join("cache");
+    let first = restart(&dir, |_| {});
+    let expect = generate(&first, chat(1, 200)).await;
+    first.drain().await;
+    drop(first);
+    let node = restart(&dir, |_| {});
+    for entry in std::fs::read_dir(&dir).expect("readable") {
+        let path = entry.expect("an entry").path();
+        if path.extension().is_some() {
+            std::fs::remove_file(path).expect("removed");
+        }
+    }
+    let next = [&prompt(1, 200)[..], &expect.ids, &prompt(2, 10)[..]].concat();
+    let outcome = generate(&node, Submission { prompt_ids: next.clone(), ..chat(1, 200) }).await;
+    assert_eq!(outcome.usage.cached_input_tokens, 0);
+    let cold = self::node(|options| options.cache_ram_bytes = 0);
+    assert_eq!(outcome.ids, generate(&cold, Submission { prompt_ids: next, ..chat(1, 200) }).await.ids);
+}
+
 #[tokio::test]
 async fn another_models_folder_is_of_no_use() {
     let folder = tempfile::tempdir().expect("a folder");
