@@ -217,7 +217,7 @@ impl Folder {
         let (header, floats) = format::read(&format::path_of(&self.dir, Kind::Pages, key), |header| {
             header.check_identity(&self.identity)?;
             let from = header.tokens_from;
-            let on_grid = from % BLOCK_TOKENS == 0 && end % BLOCK_TOKENS == 0;
+            let on_grid = from.is_multiple_of(BLOCK_TOKENS) && end.is_multiple_of(BLOCK_TOKENS);
             if header.tokens != end || from >= end || !on_grid || header.parent.is_some() != (from > 0) {
                 return Err(Fault::Shape);
             }
