@@ -1,4 +1,4 @@
-//! Tokens a second of one model: `cargo run --release --example speed -- MODEL_DIR [THREADS]`.
+//! Tokens a second of one model: `cargo run --release --example speed -- MODEL_DIR [THREADS [DTYPE]]`.
 //!
 //! Prefill is one pass of 512 tokens; decode is one token a pass for 1, 8 and 32 sequences that hold 64 tokens each. The best of
 //! several rounds counts: a shared machine only ever makes a round slower.
@@ -8,22 +8,26 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context;
+use clap::ValueEnum;
+use sluice_node::kernel::Dtype;
 use sluice_node::model::{LoadOptions, Logits, Model, Runner, Span};
 use sluice_node::state::{CacheLimits, Slot, StateCache};
 
 const PREFILL_TOKENS: usize = 512;
 const PROMPT_TOKENS: usize = 64;
-const DECODE_STEPS: usize = 48;
-const ROUNDS: usize = 5;
+const DECODE_STEPS: usize = 16;
+const ROUNDS: usize = 2;
 
 fn main() -> anyhow::Result<()> {
     let mut args = std::env::args().skip(1);
-    let dir = PathBuf::from(args.next().context("usage: speed MODEL_DIR [THREADS]")?);
+    let dir = PathBuf::from(args.next().context("usage: speed MODEL_DIR [THREADS [DTYPE]]")?);
     let default = LoadOptions::default().threads;
     let threads =
         args.next().map_or(Ok(default), |threads| threads.parse()).context("THREADS is a number")?;
     let start = Instant::now();
-    let model = Arc::new(Model::load(&dir, &LoadOptions { threads })?);
+    let dtype =
+        args.next().map(|name| Dtype::from_str(&name, true)).transpose().map_err(anyhow::Error::msg)?;
+    let model = Arc::new(Model::load(&dir, &LoadOptions { threads, dtype })?);
     println!(
         "{} M parameters, {} M active, {}, {threads} threads, loaded in {:.2} s",
         model.parameters() / 1_000_000,

@@ -17,7 +17,7 @@ mod sequence;
 use self::caching::Caching;
 use self::mailbox::{Delivery, Ending, Grant, Mailbox, Outlet};
 use self::sequence::Sequence;
-use crate::model::{Logits, Model, Runner, Span};
+use crate::model::{Cost, Logits, Model, Runner, Span};
 use crate::sampler::{Sampler, Sampling};
 use crate::scheduler::{Priority, Scheduler, SchedulerLimits, SequenceId, Work};
 use crate::state::chain::{Chain, Identity};
@@ -95,6 +95,21 @@ pub struct Odometer {
     pub cache_ram_bytes: AtomicU64,
     pub cache_disk_bytes: AtomicU64,
     pub state_bytes: AtomicU64,
+    /// The least that the steps had to move and compute: see [`Cost`].
+    pub weight_bytes_total: AtomicU64,
+    pub state_bytes_total: AtomicU64,
+    pub multiply_adds_total: AtomicU64,
+}
+
+impl Odometer {
+    pub fn cost(&self) -> Cost {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Cost {
+            weight_bytes: read(&self.weight_bytes_total),
+            state_bytes: read(&self.state_bytes_total),
+            multiply_adds: read(&self.multiply_adds_total),
+        }
+    }
 }
 
 /// Why an engine does not start.
@@ -258,7 +273,7 @@ pub fn start(
     let identity = Identity {
         model: model.content_hash().to_owned(),
         kernel: model.kernel_name().to_owned(),
-        dtype: model.weights_dtype().to_owned(),
+        dtype: model.dtype().name().to_owned(),
     };
     let prefixes = PrefixCache::start(limits.prefixes.clone(), identity.clone(), cache.shape())?;
     let flusher = prefixes.flusher();
@@ -530,6 +545,10 @@ impl Engine {
         set(&self.odometer.cache_ram_bytes, prefixes.ram_bytes);
         set(&self.odometer.cache_disk_bytes, prefixes.disk_bytes);
         set(&self.odometer.state_bytes, self.cache.bytes());
+        let cost = self.runner.cost();
+        set(&self.odometer.weight_bytes_total, cost.weight_bytes);
+        set(&self.odometer.state_bytes_total, cost.state_bytes);
+        set(&self.odometer.multiply_adds_total, cost.multiply_adds);
     }
 }
 

@@ -14,6 +14,7 @@
 
 use crate::chat_template::{ChatTemplate, TemplateError};
 use crate::engine::{self, EngineError, EngineHandle, EngineLimits};
+use crate::kernel::Dtype;
 use crate::model::{LoadOptions, Model};
 use crate::service::{Service, ServiceLimits};
 use crate::state::BLOCK_TOKENS;
@@ -44,6 +45,10 @@ pub struct NodeOptions {
     /// Name that requests use for the model [default: the directory's name]
     #[arg(long, value_name = "NAME", help_heading = None)]
     pub model_name: Option<String>,
+
+    /// What weights are stored and multiplied as [default: bf16 where the checkpoint is bf16, else f32]
+    #[arg(long, value_enum, value_name = "DTYPE", help_heading = None)]
+    pub dtype: Option<Dtype>,
 
     /// Threads that compute
     #[arg(long, value_name = "N", default_value_t = available_threads())]
@@ -124,6 +129,7 @@ impl NodeOptions {
         NodeOptions {
             model_dir: model_dir.into(),
             model_name: None,
+            dtype: None,
             threads: available_threads(),
             slots: DEFAULT_SLOTS,
             waiting_max: DEFAULT_WAITING_MAX,
@@ -227,6 +233,7 @@ const THREADS_MAX: usize = 1024;
 
 /// A running node. Dropped, its engine stops once the last sequence has ended.
 pub struct Node {
+    dtype: Dtype,
     service: Service,
     health: HealthReporter,
 }
@@ -237,8 +244,9 @@ impl Node {
         options.check()?;
         let dir = &options.model_dir;
         let started_at = Instant::now();
-        let model = Arc::new(Model::load(dir, &LoadOptions { threads: options.threads })?);
-        let config = model.config();
+        let model =
+            Arc::new(Model::load(dir, &LoadOptions { threads: options.threads, dtype: options.dtype })?);
+        let (config, dtype) = (model.config(), model.dtype());
         let tokenizer = Arc::new(Tokenizer::load(dir, config.vocab_size)?);
         let template = ChatTemplate::load(dir, &tokenizer)?;
         let generation = GenerationConfig::load(dir, config.vocab_size)?;
@@ -273,7 +281,7 @@ impl Node {
             "the engine runs"
         );
         let service = Service::new(engine, tokenizer, template, description, limits);
-        Ok(Node { service, health: HealthReporter::new() })
+        Ok(Node { dtype, service, health: HealthReporter::new() })
     }
 
     /// Serves the node's contract, health and reflection on every connection of `incoming`, TCP or in memory, until
@@ -331,6 +339,11 @@ impl Node {
         self.service.models()
     }
 
+    /// What the model's weights are stored and multiplied as.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
     /// The same engine, without gRPC between.
     pub fn engine(&self) -> &EngineHandle {
         self.service.engine()
@@ -351,7 +364,7 @@ fn describe(model: &Model, options: &NodeOptions) -> proto::ModelDescription {
         context_tokens_max: u32::try_from(config.context_tokens_max).unwrap_or(u32::MAX),
         vocabulary_size: u32::try_from(config.vocab_size).unwrap_or(u32::MAX),
         kernel: model.kernel_name().to_owned(),
-        weights_dtype: model.weights_dtype().to_owned(),
+        weights_dtype: model.dtype().name().to_owned(),
         parameters: model.parameters(),
         active_parameters: model.active_parameters(),
         state_bytes_per_sequence: model.state_bytes_per_sequence(),

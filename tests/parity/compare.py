@@ -17,7 +17,7 @@ ALLOWED = 2e-3  # of the standard deviation of the logits
 def compare(binary, case):
     expected = load_file(case / "expected.safetensors")
     ids = ",".join(map(str, expected["ids"].tolist()))
-    command = [binary, "logits", "--model", str(case), "--ids", ids, "--json"]
+    command = [binary, "logits", "--model", str(case), "--ids", ids, "--dtype", "f32", "--json"]
     answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found, wanted = torch.tensor(json.loads(answer)["logits"]), expected["logits"]
     difference = ((found - wanted).abs().max() / wanted.std()).item()

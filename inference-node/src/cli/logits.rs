@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, ensure};
 
+use crate::kernel::Dtype;
 use crate::model::{LoadOptions, Logits, Model, Runner, Span};
 use crate::state::{CacheLimits, StateCache};
 
@@ -25,10 +26,14 @@ pub struct LogitsArgs {
     pub json: bool,
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
+    /// What weights are stored and multiplied as [default: bf16 where the checkpoint is bf16, else f32].
+    #[arg(long, value_enum, value_name = "DTYPE")]
+    pub dtype: Option<Dtype>,
 }
 
 pub fn run(args: LogitsArgs) -> anyhow::Result<()> {
-    let options = args.threads.map_or_else(LoadOptions::default, |threads| LoadOptions { threads });
+    let default = LoadOptions::default();
+    let options = LoadOptions { threads: args.threads.unwrap_or(default.threads), dtype: args.dtype };
     let model = Arc::new(Model::load(&args.model, &options).context("cannot load the model")?);
     let vocabulary = model.config().vocab_size;
     let outside = args.ids.iter().find(|&&id| id as usize >= vocabulary);

@@ -1,10 +1,13 @@
 //! The command line of `sluice-node`.
 
 mod bench;
+mod bench_mixer;
 mod cache;
+mod gaps;
 mod generate;
 mod init;
 mod logits;
+mod perplexity;
 mod serve;
 
 use clap::{Parser, Subcommand};
@@ -39,12 +42,16 @@ enum Command {
     Generate(generate::Args),
     /// Print the logits of every position of a prompt
     Logits(logits::LogitsArgs),
+    /// Say how well a model predicts a text
+    Perplexity(perplexity::Args),
     /// Write a checkpoint with random weights, for benchmarks
     Init(init::InitArgs),
     /// Measure prefill and decode through the engine
     Bench(bench::Args),
     /// Look into the folder of a node's state cache
     Cache(cache::Args),
+    /// Measure what an arriving prompt does to streams
+    Gaps(gaps::Args),
 }
 
 pub fn main() -> ExitCode {
@@ -64,9 +71,11 @@ pub fn main() -> ExitCode {
         Command::Serve(args) => serve::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Logits(args) => logits::run(args),
+        Command::Perplexity(args) => perplexity::run(args),
         Command::Init(args) => init::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Cache(args) => cache::run(args),
+        Command::Gaps(args) => gaps::run(args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

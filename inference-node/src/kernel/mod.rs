@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! model::Runner -> dyn Kernel -> Reference   f64, loops as in the paper
-//!                             -> Cpu         f32, packed panels, AVX-512 / AVX2 / portable chosen once, own thread pool
+//!                             -> Cpu         packed f32, bf16 or int8 panels; AVX-512, AVX2 or portable, chosen once; own thread pool
 //! ```
 //!
 //! The rule that every implementation keeps: an output element is a function of its own row (and that row's sequence), summed
@@ -11,11 +11,12 @@
 
 mod cpu;
 mod matrix;
+mod memory;
 mod pool;
 mod reference;
 
-pub use cpu::Cpu;
-pub use matrix::Matrix;
+pub use cpu::{Cpu, Roofline};
+pub use matrix::{Dtype, Matrix};
 pub use reference::Reference;
 
 use crate::config::Residual;
@@ -52,7 +53,7 @@ pub struct Decay {
 }
 
 /// The rows of one sequence in a lightning layer, and the state they continue.
-pub(crate) struct LightningSpan<'a> {
+pub struct LightningSpan<'a> {
     pub state: &'a mut LightningState,
     /// Tokens before the first row.
     pub position: usize,
@@ -60,7 +61,7 @@ pub(crate) struct LightningSpan<'a> {
 }
 
 /// The rows of one sequence in a softmax layer, and the pages they extend.
-pub(crate) struct AttentionSpan<'a> {
+pub struct AttentionSpan<'a> {
     pub pages: &'a mut [Page],
     /// Offset of this layer in every page.
     pub offset: usize,
@@ -75,11 +76,8 @@ pub struct Rotations {
     pub rotary_dim: usize,
 }
 
-pub(crate) trait Kernel: Send {
-    /// Kind of arithmetic: results are bit-identical between kernels of one name.
-    fn name(&self) -> &'static str;
-
-    /// `y[m, n] = x[m, k] w[n, k]^T`
+pub trait Kernel: Send {
+    /// `y[m, n] = x[m, k] w[n, k]^T`, with x rounded as the matrix's [`Dtype`] says.
     fn matmul(&mut self, x: &[f32], w: &Matrix, y: &mut [f32]);
 
     /// The same for consecutive groups of rows, each with its own matrix of equal shape.

@@ -1,6 +1,7 @@
 //! Each operation as its definition says, in f64: the yardstick for the fast kernels. It keeps the same state in the same layout.
 
-use super::{AttentionSpan, Decay, Group, Heads, Kernel, LightningSpan, Matrix, Pick, Rotations};
+use super::matrix::INT8_MAX;
+use super::{AttentionSpan, Decay, Dtype, Group, Heads, Kernel, LightningSpan, Matrix, Pick, Rotations};
 use crate::config::Residual;
 use crate::state::BLOCK_TOKENS;
 
@@ -8,15 +9,11 @@ use crate::state::BLOCK_TOKENS;
 pub struct Reference;
 
 impl Kernel for Reference {
-    fn name(&self) -> &'static str {
-        "reference-f64"
-    }
-
     fn matmul(&mut self, x: &[f32], w: &Matrix, y: &mut [f32]) {
         for (x, y) in x.chunks_exact(w.columns()).zip(y.chunks_exact_mut(w.rows())) {
+            let x = as_seen(x, w.dtype());
             for (row, y) in y.iter_mut().enumerate() {
-                *y = (0..w.columns()).map(|k| f64::from(x[k]) * f64::from(w.weight(row, k))).sum::<f64>()
-                    as f32;
+                *y = (0..w.columns()).map(|k| x[k] * f64::from(w.weight(row, k))).sum::<f64>() as f32;
             }
         }
     }
@@ -163,6 +160,20 @@ impl Kernel for Reference {
             }
         }
     }
+}
+
+/// A row of activations as weights of `dtype` meet it.
+fn as_seen(x: &[f32], dtype: Dtype) -> Vec<f64> {
+    let largest = x.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
+    let round = |&x: &f32| match dtype {
+        Dtype::F32 => f64::from(x),
+        Dtype::Bf16 => half::bf16::from_f32(x).to_f64(),
+        Dtype::Int8 if largest == 0.0 => 0.0,
+        Dtype::Int8 => {
+            f64::from((x * (INT8_MAX / largest)).round_ties_even()) * f64::from(largest / INT8_MAX)
+        }
+    };
+    x.iter().map(round).collect()
 }
 
 fn lightning_token(

@@ -8,22 +8,25 @@ use std::path::Path;
 
 use crate::checkpoint::{Checkpoint, Layout, LoadError};
 use crate::config::ModelConfig;
-use crate::kernel::Cpu;
+use crate::kernel::{Cpu, Dtype};
 use crate::state::StateShape;
 use weights::Weights;
 
 pub use reference::reference_logits;
-pub use runner::{Logits, Runner, Span};
+pub use runner::{Cost, Logits, Runner, Span};
 
 #[derive(Clone, Copy, Debug)]
 pub struct LoadOptions {
     /// Threads that pack the weights.
     pub threads: usize,
+    /// What to store and multiply weights as. `None` is the checkpoint's own: bf16 where it is bf16, else f32.
+    pub dtype: Option<Dtype>,
 }
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        LoadOptions { threads: std::thread::available_parallelism().map_or(1, usize::from) }
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        LoadOptions { threads, dtype: None }
     }
 }
 
@@ -31,7 +34,7 @@ pub struct Model {
     config: ModelConfig,
     weights: Weights,
     content_hash: String,
-    weights_dtype: &'static str,
+    dtype: Dtype,
     parameters: u64,
     active_parameters: u64,
 }
@@ -47,10 +50,14 @@ impl Model {
         let config = checkpoint.config().clone();
         let expert = 3 * config.intermediate_size as u64 * config.hidden_size as u64;
         let idle = config.layers.len() as u64 * (config.experts - config.experts_per_token) as u64 * expert;
+        let dtype = options.dtype.unwrap_or(match checkpoint.tensor(&parts[0].name)?.dtype() {
+            "bf16" => Dtype::Bf16,
+            _ => Dtype::F32,
+        });
         Ok(Model {
-            weights: Weights::load(&checkpoint, &layout, options.threads)?,
+            weights: Weights::load(&checkpoint, &layout, dtype, options.threads)?,
             content_hash: checkpoint.content_hash()?,
-            weights_dtype: checkpoint.tensor(&parts[0].name)?.dtype(),
+            dtype,
             parameters,
             active_parameters: parameters - idle,
             config,
@@ -75,13 +82,14 @@ impl Model {
         self.active_parameters
     }
 
-    /// Dtype of the weights on disk: "f32", "f16" or "bf16".
-    pub fn weights_dtype(&self) -> &str {
-        self.weights_dtype
+    /// What the weights are stored and multiplied as.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
     }
 
+    /// Kind of arithmetic: results are bit-identical between models of one content on kernels of one name.
     pub fn kernel_name(&self) -> &'static str {
-        Cpu::detected_name()
+        Cpu::kind(self.dtype)
     }
 
     /// State of one sequence that does not grow: lightning states and open blocks.

@@ -41,6 +41,59 @@ pub struct Runner {
     model: Arc<Model>,
     kernel: Box<dyn Kernel>,
     buffers: Buffers,
+    cost: Cost,
+}
+
+/// What passes had to move and compute at the least: the floor of their time is `bytes / bandwidth` or `multiply_adds / peak`,
+/// whichever is longer. Each weight matrix counts once a pass that meets it, each state and each key and value once a pass.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cost {
+    pub weight_bytes: u64,
+    pub state_bytes: u64,
+    pub multiply_adds: u64,
+}
+
+impl std::ops::Sub for Cost {
+    type Output = Cost;
+
+    fn sub(self, earlier: Cost) -> Cost {
+        Cost {
+            weight_bytes: self.weight_bytes - earlier.weight_bytes,
+            state_bytes: self.state_bytes - earlier.state_bytes,
+            multiply_adds: self.multiply_adds - earlier.multiply_adds,
+        }
+    }
+}
+
+impl Cost {
+    fn product(&mut self, matrix: &Matrix, rows: usize) {
+        self.weight_bytes += matrix.bytes();
+        self.multiply_adds += (rows * matrix.rows() * matrix.columns()) as u64;
+    }
+
+    /// States are read, and written where a block closes; the open block's keys and values are read.
+    fn lightning(&mut self, heads: Heads, spans: &[LightningSpan<'_>]) {
+        let d = heads.head_dim;
+        for span in spans {
+            let (open, end) = (span.position % BLOCK_TOKENS, span.position + span.rows);
+            let closed = end / BLOCK_TOKENS - span.position / BLOCK_TOKENS;
+            let floats = d * d * (1 + usize::from(closed > 0)) + 2 * d * (open + span.rows).min(BLOCK_TOKENS);
+            self.state_bytes += (heads.heads * floats * size_of::<f32>()) as u64;
+            let within: usize = (span.position..end).map(|position| position % BLOCK_TOKENS + 1).sum();
+            let each_head = span.rows * d * d + 2 * d * within + closed * BLOCK_TOKENS * d * d;
+            self.multiply_adds += (heads.heads * each_head) as u64;
+        }
+    }
+
+    fn attention(&mut self, heads: Heads, spans: &[AttentionSpan<'_>]) {
+        for span in spans {
+            let end = span.position + span.rows;
+            let keys_and_values = 2 * heads.kv_heads * heads.head_dim * end;
+            self.state_bytes += (keys_and_values * size_of::<f32>()) as u64;
+            let seen = span.rows * span.position + span.rows * (span.rows + 1) / 2;
+            self.multiply_adds += (2 * heads.heads * heads.head_dim * seen) as u64;
+        }
+    }
 }
 
 /// Activations, row-major f32, kept from pass to pass. They only grow: to what the largest pass needed.
@@ -73,16 +126,16 @@ impl Runner {
     }
 
     pub(crate) fn with_kernel(model: Arc<Model>, kernel: Box<dyn Kernel>) -> Runner {
-        Runner { model, kernel, buffers: Buffers::default() }
+        Runner { model, kernel, buffers: Buffers::default(), cost: Cost::default() }
+    }
+
+    /// What all passes so far cost at the least.
+    pub fn cost(&self) -> Cost {
+        self.cost
     }
 
     pub fn model(&self) -> &Model {
         &self.model
-    }
-
-    /// Kind of arithmetic: results are bit-identical between runners of one name.
-    pub fn kernel_name(&self) -> &'static str {
-        self.kernel.name()
     }
 
     /// Advances every span's sequence by its tokens. Returns `[rows, vocab]` logits in span order: no row, the last, or one a token,
@@ -111,7 +164,10 @@ impl Runner {
         let normed = sized(normed, hidden.len());
         self.kernel.rms_norm(hidden, &model.weights.norm, config.rms_norm_eps, normed);
         let logits = sized(logits, pass.rows * config.vocab_size);
-        self.kernel.matmul(normed, &model.weights.head, logits);
+        if pass.rows > 0 {
+            self.cost.product(&model.weights.head, pass.rows);
+            self.kernel.matmul(normed, &model.weights.head, logits);
+        }
         logits
     }
 
@@ -177,21 +233,24 @@ impl Runner {
         let (size, attention_size) = (config.hidden_size, config.attention_size());
         let heads = Heads { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim };
         let Buffers { hidden, normed, branch, qkv, gate, attended, .. } = &mut self.buffers;
-        let kernel = &mut *self.kernel;
+        let (kernel, cost) = (&mut *self.kernel, &mut self.cost);
         let (Mixer::Lightning { qkv: project, .. } | Mixer::Softmax { qkv: project, .. }) = mixer;
         let qkv = sized(qkv, pass.rows * project.rows());
         let attended = sized(attended, pass.rows * attention_size);
+        cost.product(project, pass.rows);
         kernel.matmul(&normed[..pass.rows * size], project, qkv);
         match mixer {
             Mixer::Lightning { decay, .. } => {
                 kernel.silu(qkv);
                 let mut spans = pass.lightning_spans(of_kind, sequences);
+                cost.lightning(heads, &spans);
                 kernel.lightning(heads, decay, &mut spans, qkv, attended);
             }
             Mixer::Softmax { .. } => {
                 kernel.rotate(qkv, heads.heads + heads.kv_heads, heads.head_dim, &pass.rotations);
                 let mut spans = pass
                     .attention_spans(of_kind * 2 * heads.kv_heads * heads.head_dim * BLOCK_TOKENS, sequences);
+                cost.attention(heads, &spans);
                 kernel.attention(heads, &mut spans, qkv, attended);
             }
         }
@@ -207,11 +266,16 @@ impl Runner {
         match mixer {
             Mixer::Lightning { gate: project, norm, out, .. } => {
                 let gate = sized(gate, pass.rows * attention_size);
+                cost.product(project, pass.rows);
+                cost.product(out, pass.rows);
                 kernel.matmul(&normed[..pass.rows * size], project, gate);
                 kernel.gated_rms_norm(gate, norm, LIGHTNING_NORM_EPS, attended);
                 kernel.matmul(attended, out, branch);
             }
-            Mixer::Softmax { out, .. } => kernel.matmul(attended, out, branch),
+            Mixer::Softmax { out, .. } => {
+                cost.product(out, pass.rows);
+                kernel.matmul(attended, out, branch);
+            }
         }
     }
 
@@ -220,10 +284,11 @@ impl Runner {
         let (size, k) = (config.hidden_size, config.experts_per_token);
         let Buffers { normed, branch, router, picks, places, routed, gate_up, activated, expert_out, .. } =
             &mut self.buffers;
-        let kernel = &mut *self.kernel;
+        let (kernel, cost) = (&mut *self.kernel, &mut self.cost);
         let normed = &normed[..rows * size];
         let branch = &mut branch[..rows * size];
         let router = sized(router, rows * config.experts);
+        cost.product(&moe.router, rows);
         kernel.matmul(normed, &moe.router, router);
         picks.resize(rows * k, Pick::default());
         kernel.route(router, config.experts, k, picks);
@@ -236,6 +301,10 @@ impl Runner {
             let occupied = moe.experts.iter().zip(&counts).filter(|(_, rows)| **rows > 0);
             occupied.map(|(expert, &rows)| Group { matrix: matrix(expert), rows }).collect()
         };
+        for (expert, &rows) in moe.experts.iter().zip(&counts).filter(|(_, rows)| **rows > 0) {
+            cost.product(&expert.gate_up, rows);
+            cost.product(&expert.down, rows);
+        }
         let width = config.intermediate_size;
         let gate_up_rows = sized(gate_up, rows * k * 2 * width);
         let activated_rows = sized(activated, rows * k * width);
@@ -249,6 +318,8 @@ impl Runner {
             let gate_up = sized(gate_up, rows * 2 * width);
             let activated = sized(activated, rows * width);
             let expert_out = &mut expert_out[..rows * size];
+            cost.product(&shared.expert.gate_up, rows);
+            cost.product(&shared.expert.down, rows);
             kernel.matmul(normed, &shared.expert.gate_up, gate_up);
             kernel.swiglu(gate_up, width, activated);
             kernel.matmul(activated, &shared.expert.down, expert_out);
@@ -377,7 +448,8 @@ mod tests {
     #[test]
     fn both_kernels_compute_one_model() {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/text-01-shared");
-        let model = Arc::new(Model::load(&dir, &LoadOptions { threads: 1 }).expect("a golden loads"));
+        let model =
+            Arc::new(Model::load(&dir, &LoadOptions { threads: 1, dtype: None }).expect("a golden loads"));
         let ids: Vec<u32> = (0..70).map(|i| i * 7 % model.config().vocab_size as u32).collect();
         let run = |kernel: Box<dyn Kernel>| {
             let mut cache = StateCache::new(model.config(), CacheLimits { slots: 1, tokens: ids.len() });

@@ -8,7 +8,7 @@ use half::{bf16, f16};
 
 use crate::checkpoint::{Checkpoint, Layout, LoadError, Rows, Tensor};
 use crate::config::LayerKind;
-use crate::kernel::{Decay, Matrix};
+use crate::kernel::{Decay, Dtype, Matrix};
 
 pub(super) struct Weights {
     pub embedding: Embedding,
@@ -75,48 +75,59 @@ enum EmbeddingValues {
 
 impl Weights {
     /// Packs layers on `threads` threads. Every tensor was checked by [`Layout::of`].
-    pub fn load(checkpoint: &Checkpoint, layout: &Layout, threads: usize) -> Result<Weights, LoadError> {
+    pub fn load(
+        checkpoint: &Checkpoint,
+        layout: &Layout,
+        dtype: Dtype,
+        threads: usize,
+    ) -> Result<Weights, LoadError> {
         let config = checkpoint.config();
         let layers =
-            in_parallel(config.layers.len(), threads, |index| Layer::load(checkpoint, layout, index));
+            in_parallel(config.layers.len(), threads, |index| Layer::load(checkpoint, layout, dtype, index));
         Ok(Weights {
             embedding: Embedding::load(checkpoint.tensor("model.embed_tokens.weight")?),
             layers: layers.into_iter().collect::<Result<_, _>>()?,
             norm: checkpoint.tensor("model.norm.weight")?.to_vec(),
-            head: pack(&[layout.matrix(checkpoint, layout.head_name())?]),
+            head: pack(dtype, &[layout.matrix(checkpoint, layout.head_name())?]),
         })
     }
 }
 
 impl Layer {
-    fn load(checkpoint: &Checkpoint, layout: &Layout, index: usize) -> Result<Layer, LoadError> {
+    fn load(
+        checkpoint: &Checkpoint,
+        layout: &Layout,
+        dtype: Dtype,
+        index: usize,
+    ) -> Result<Layer, LoadError> {
         let config = checkpoint.config();
         let vector = |name: &str| Ok::<_, LoadError>(checkpoint.tensor(&layout.name(index, name))?.to_vec());
         let rows =
             |name: &str| layout.matrix(checkpoint, &layout.name(index, &format!("self_attn.{name}.weight")));
         let mixer = match config.layers[index] {
             LayerKind::Linear => Mixer::Lightning {
-                qkv: pack(&[rows("qkv_proj")?]),
-                gate: pack(&[rows("output_gate")?]),
+                qkv: pack(dtype, &[rows("qkv_proj")?]),
+                gate: pack(dtype, &[rows("output_gate")?]),
                 norm: vector("self_attn.norm.weight")?,
-                out: pack(&[rows("out_proj")?]),
+                out: pack(dtype, &[rows("out_proj")?]),
                 decay: Decay::new(&config.slopes(index)),
             },
             LayerKind::Softmax => Mixer::Softmax {
-                qkv: pack(&[rows("q_proj")?, rows("k_proj")?, rows("v_proj")?]),
-                out: pack(&[rows("o_proj")?]),
+                qkv: pack(dtype, &[rows("q_proj")?, rows("k_proj")?, rows("v_proj")?]),
+                out: pack(dtype, &[rows("o_proj")?]),
             },
         };
         let expert = |expert| {
             Ok(Expert {
-                gate_up: pack(&layout.gate_up(checkpoint, index, expert)?),
-                down: pack(&[layout.down(checkpoint, index, expert)?]),
+                gate_up: pack(dtype, &layout.gate_up(checkpoint, index, expert)?),
+                down: pack(dtype, &[layout.down(checkpoint, index, expert)?]),
             })
         };
         let moe = Moe {
-            router: pack(&[layout.matrix(checkpoint, &layout.router_name(index))?]),
+            // Near-ties between experts are decided here: the router stays f32.
+            router: pack(Dtype::F32, &[layout.matrix(checkpoint, &layout.router_name(index))?]),
             experts: (0..config.experts).map(expert).collect::<Result<_, LoadError>>()?,
-            shared: SharedExpert::load(checkpoint, layout, index)?,
+            shared: SharedExpert::load(checkpoint, layout, dtype, index)?,
         };
         Ok(Layer {
             input_norm: vector("input_layernorm.weight")?,
@@ -131,6 +142,7 @@ impl SharedExpert {
     fn load(
         checkpoint: &Checkpoint,
         layout: &Layout,
+        dtype: Dtype,
         layer: usize,
     ) -> Result<Option<SharedExpert>, LoadError> {
         if !layout.has_shared_expert() {
@@ -139,8 +151,8 @@ impl SharedExpert {
         let rows = |projection| layout.matrix(checkpoint, &layout.shared_name(layer, projection));
         Ok(Some(SharedExpert {
             expert: Expert {
-                gate_up: pack(&[rows("gate_proj")?, rows("up_proj")?]),
-                down: pack(&[rows("down_proj")?]),
+                gate_up: pack(dtype, &[rows("gate_proj")?, rows("up_proj")?]),
+                down: pack(dtype, &[rows("down_proj")?]),
             },
             coefficient: checkpoint.tensor(&layout.name(layer, "coefficient.weight"))?.to_vec(),
         }))
@@ -173,9 +185,9 @@ impl Embedding {
 }
 
 /// One matrix of the pieces stacked.
-fn pack(pieces: &[Rows<'_>]) -> Matrix {
+fn pack(dtype: Dtype, pieces: &[Rows<'_>]) -> Matrix {
     let rows = pieces.iter().map(|piece| piece.rows).sum();
-    Matrix::pack(rows, pieces[0].columns(), |mut row, out| {
+    Matrix::pack(dtype, rows, pieces[0].columns(), |mut row, out| {
         for piece in pieces {
             if row < piece.rows {
                 return piece.read(row, out);

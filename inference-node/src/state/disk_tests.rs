@@ -231,6 +231,22 @@ fn the_limit_holds_and_pages_leave_with_the_last_who_needs_them() {
     assert_eq!((folder.bytes(), files(&dir.path().join("cache")).len()), (0, 0), "nothing is left behind");
 }
 
+/// What a checkpoint continues is part of what it needs: a limit that holds only the new part refuses it, and evicts nobody.
+#[test]
+fn the_limit_counts_what_a_checkpoint_stands_on() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut folder = open(dir.path(), 120_000, "m");
+    let (trunk, on_trunk) = checkpoint(64);
+    folder.store(trunk, None, &on_trunk).expect("there is room");
+    let (place, large) = checkpoint(256 + 63);
+    assert!(matches!(folder.store(place, None, &large), Err(StoreError::TooLarge { .. })));
+    assert!(folder.bytes() <= 120_000 && folder.load(trunk).is_ok());
+    drop(folder);
+    let mut folder = open(dir.path(), 140_000, "m");
+    folder.store(place, None, &large).expect("there is room");
+    assert!(folder.bytes() <= 140_000 && folder.load(place).is_ok());
+}
+
 #[test]
 fn what_a_crash_left_is_swept_away() {
     let dir = tempfile::tempdir().expect("a folder");

@@ -84,7 +84,7 @@ pub(crate) struct Sequence {
 }
 
 /// A lightning layer's memory. All heads, head-major.
-pub(crate) struct LightningState {
+pub struct LightningState {
     /// `[heads, d_k, d_v]` f32, d_v fastest: the recurrence at the start of the open block. A block is folded in by the pass that
     /// computes its last token, so on the grid this is all there is to know.
     pub state: Vec<f32>,
@@ -97,12 +97,12 @@ pub(crate) struct LightningState {
 /// Keys and values of one block of tokens in every softmax layer:
 /// `[softmax layers, kv_heads, {keys [d, BLOCK_TOKENS], values [BLOCK_TOKENS, d]}]` f32. Shared by reference once it is full.
 #[derive(Clone)]
-pub(crate) struct Page(pub PageFloats);
+pub struct Page(pub PageFloats);
 
 /// A slice of f32 to whoever reads or writes. Writing to a page that others hold would first make a copy; no pass does, because
 /// the page it fills is its own.
 #[derive(Clone)]
-pub(crate) struct PageFloats(Arc<Vec<f32>>);
+pub struct PageFloats(Arc<Vec<f32>>);
 
 impl Page {
     pub fn zeroed(floats: usize) -> Page {

@@ -17,7 +17,7 @@ fn model(index: usize) -> Arc<Model> {
     static LOADED: OnceLock<Vec<Arc<Model>>> = OnceLock::new();
     let load = |name: &&str| {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name);
-        Arc::new(Model::load(&dir, &LoadOptions { threads: 1 }).expect("a golden loads"))
+        Arc::new(Model::load(&dir, &LoadOptions { threads: 1, dtype: None }).expect("a golden loads"))
     };
     LOADED.get_or_init(|| MODELS.iter().map(load).collect())[index].clone()
 }

@@ -21,7 +21,7 @@ fn copy_of(name: &str) -> tempfile::TempDir {
 
 /// The whole message of the load error, sources included.
 fn failure(dir: &Path) -> String {
-    let Err(error) = Model::load(dir, &LoadOptions { threads: 1 }) else { panic!("it loaded") };
+    let Err(error) = Model::load(dir, &LoadOptions { threads: 1, dtype: None }) else { panic!("it loaded") };
     let mut message = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use safetensors::SafeTensors;
 use sluice_node::checkpoint::Checkpoint;
+use sluice_node::kernel::Dtype;
 use sluice_node::model::reference_logits;
 
 use crate::{golden, load, whole};
@@ -47,7 +48,7 @@ fn argmax(row: &[f64]) -> usize {
 fn check(name: &str) {
     let dir = golden(name);
     let Expected { ids, logits } = expected(&dir);
-    let model = load(&dir);
+    let model = load(&dir, Dtype::F32);
     let vocabulary = model.config().vocab_size;
     let peer: Vec<f64> = logits.into_iter().map(f64::from).collect();
     let ours: Vec<f64> = whole(&model, &ids).into_iter().map(f64::from).collect();

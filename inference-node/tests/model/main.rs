@@ -7,6 +7,7 @@ mod one_result;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use sluice_node::kernel::Dtype;
 use sluice_node::model::{LoadOptions, Logits, Model, Runner, Span};
 use sluice_node::state::{CacheLimits, StateCache};
 
@@ -14,8 +15,8 @@ fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)
 }
 
-fn load(dir: &Path) -> Arc<Model> {
-    Arc::new(Model::load(dir, &LoadOptions { threads: 1 }).expect("a golden loads"))
+fn load(dir: &Path, dtype: Dtype) -> Arc<Model> {
+    Arc::new(Model::load(dir, &LoadOptions { threads: 1, dtype: Some(dtype) }).expect("a golden loads"))
 }
 
 /// Logits of every position of one sequence in one pass.

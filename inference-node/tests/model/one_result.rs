@@ -3,6 +3,7 @@
 use std::sync::{Arc, OnceLock};
 
 use proptest::prelude::*;
+use sluice_node::kernel::Dtype;
 use sluice_node::model::{Logits, Model, Runner, Span};
 use sluice_node::state::{CacheLimits, Slot, StateCache};
 
@@ -10,9 +11,13 @@ use crate::{golden, load, whole};
 
 const MODELS: [&str; 4] = ["linear-first", "odd-heads", "only-softmax", "m1-prenorm"];
 
+const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::Bf16, Dtype::Int8];
+
+/// Each model in each dtype.
 fn model(index: usize) -> Arc<Model> {
     static LOADED: OnceLock<Vec<Arc<Model>>> = OnceLock::new();
-    LOADED.get_or_init(|| MODELS.iter().map(|name| load(&golden(name))).collect())[index].clone()
+    let kinds = MODELS.iter().flat_map(|name| DTYPES.map(|dtype| load(&golden(name), dtype)));
+    LOADED.get_or_init(|| kinds.collect())[index].clone()
 }
 
 /// What each step of a run takes from each sequence: token counts, some zero.
@@ -29,7 +34,7 @@ fn plan() -> impl Strategy<Value = Plan> {
     // Mostly decode steps, some chunks that stop short of, at and beyond the block grid.
     let chunk = prop_oneof![3 => Just(1usize), 2 => 0usize..9, 1 => 60usize..70, 1 => 100usize..180];
     let sequences = prop::collection::vec(sequence, 1..4);
-    (0..MODELS.len(), 1usize..4, sequences, prop::collection::vec(chunk, 1..40))
+    (0..MODELS.len() * DTYPES.len(), 1usize..4, sequences, prop::collection::vec(chunk, 1..40))
         .prop_map(|(model, threads, sequences, chunks)| Plan { model, threads, sequences, chunks })
 }
 

@@ -2,7 +2,7 @@
 
 use super::rows::{Divide, ExpLess, Multiply, Scale, Take};
 use super::simd::{Vector, exp};
-use super::tile::Block;
+use super::tile::{Block, TILE_ROWS};
 use super::{Routine, rows};
 use crate::state::{BLOCK_TOKENS, Page};
 
@@ -31,7 +31,7 @@ unsafe impl Send for LightningHead<'_> {}
 
 pub(super) struct LightningTask<'a, 'b> {
     pub head: &'a mut LightningHead<'b>,
-    /// `[d, BLOCK_TOKENS]`
+    /// `[max(d, BLOCK_TOKENS), BLOCK_TOKENS]`
     pub scratch: &'a mut [f32],
 }
 
@@ -39,71 +39,113 @@ impl Routine for LightningTask<'_, '_> {
     #[inline(always)]
     unsafe fn run<V: Vector>(self) {
         let LightningTask { head, scratch } = self;
-        for row in 0..head.rows {
-            // SAFETY: row < rows.
-            unsafe { head.token::<V>(row, scratch) };
-            if (head.position + row + 1).is_multiple_of(BLOCK_TOKENS) {
+        let mut row = 0;
+        while row < head.rows {
+            let open = (head.position + row) % BLOCK_TOKENS;
+            let count = (BLOCK_TOKENS - open).min(head.rows - row);
+            // SAFETY: the rows exist and end at or before their block does.
+            unsafe { head.within_block::<V>(row, open, count, scratch) };
+            if open + count == BLOCK_TOKENS {
                 // SAFETY: V's features are present.
                 unsafe { head.fold::<V>(scratch) };
             }
+            row += count;
         }
     }
 }
 
 impl LightningHead<'_> {
-    /// Stores k and v in the open block, then `o = exp(-s (i + 1)) q S + sum over j <= i of exp(-s (i - j)) (q . k_j) v_j`.
+    /// Stores k and v of `count` rows from offset `open` of the open block on, then for each row, at offset i,
+    /// `o_i = exp(-s (i + 1)) q_i S + sum over j <= i of exp(-s (i - j)) (q_i . k_j) v_j`.
     ///
     /// # Safety
-    /// V's features are present and `row < rows`.
+    /// V's features are present, `row + count <= rows` and `open + count <= BLOCK_TOKENS`.
     #[inline(always)]
-    unsafe fn token<V: Vector>(&mut self, row: usize, scratch: &mut [f32]) {
+    unsafe fn within_block<V: Vector>(&mut self, row: usize, open: usize, count: usize, scratch: &mut [f32]) {
         let d = self.head_dim;
-        let open = (self.position + row) % BLOCK_TOKENS;
-        let (q, kv) = self.qkv[row * self.qkv_stride..][..3 * d].split_at(d);
-        let (k, v) = kv.split_at(d);
-        for (key, &k) in self.keys.iter_mut().skip(open).step_by(BLOCK_TOKENS).zip(k) {
-            *key = k;
+        for i in 0..count {
+            let kv = &self.qkv[(row + i) * self.qkv_stride + d..][..2 * d];
+            let (k, v) = kv.split_at(d);
+            for (key, &k) in self.keys.iter_mut().skip(open + i).step_by(BLOCK_TOKENS).zip(k) {
+                *key = k;
+            }
+            self.values[(open + i) * d..][..d].copy_from_slice(v);
         }
-        self.values[open * d..][..d].copy_from_slice(v);
-        let scores = &mut scratch[..BLOCK_TOKENS];
-        // Whole registers of scores: those past the token's own are not used.
-        let columns = (open + 1).next_multiple_of(V::LANES);
-        // SAFETY: q has d elements, the state d x d, keys d x BLOCK_TOKENS, values at least open + 1 rows of d, scores BLOCK_TOKENS >=
-        // columns; `out` is this routine's own row of d (struct contract).
+        let scores = &mut scratch[..count * BLOCK_TOKENS];
+        // Whole registers of scores: those past a token's own are not used.
+        let columns = (open + count).next_multiple_of(V::LANES);
+        // SAFETY: q has `count` rows of d, the state d x d, keys d x BLOCK_TOKENS, values at least open + count rows of d, scores
+        // rows of BLOCK_TOKENS >= columns; `out` is this routine's own rows of d (struct contract).
         unsafe {
             let out = self.out.add(row * self.out_stride);
-            let one_row = Block {
-                a: q.as_ptr(),
-                a_stride: d,
+            let from_state = Block {
+                a: self.qkv.as_ptr().add(row * self.qkv_stride),
+                a_stride: self.qkv_stride,
                 b: self.state.as_ptr(),
                 b_stride: d,
                 c: out,
-                c_stride: d,
-                m: 1,
+                c_stride: self.out_stride,
+                m: count,
                 n: d,
                 k: d,
                 accumulate: false,
             };
-            V::multiply(one_row);
-            rows::zip::<V, Scale>(out, out, out, self.powers[open + 1], d);
-            let key_block = Block {
+            V::multiply(from_state);
+            V::multiply(Block {
                 b: self.keys.as_ptr(),
                 b_stride: BLOCK_TOKENS,
                 c: scores.as_mut_ptr(),
+                c_stride: BLOCK_TOKENS,
                 n: columns,
-                ..one_row
-            };
-            V::multiply(key_block);
-            let decay = &self.reversed[BLOCK_TOKENS - 1 - open..];
-            let scores_at = scores.as_mut_ptr();
-            rows::zip::<V, Multiply>(scores_at, scores_at, decay.as_ptr(), 0.0, open + 1);
-            V::multiply(Block {
-                a: scores.as_ptr(),
-                b: self.values.as_ptr(),
-                k: open + 1,
-                accumulate: true,
-                ..one_row
+                ..from_state
             });
+            for i in 0..count {
+                let out = out.add(i * self.out_stride);
+                rows::zip::<V, Scale>(out, out, out, self.powers[open + i + 1], d);
+                let decay = &self.reversed[BLOCK_TOKENS - 1 - (open + i)..];
+                let scores = scores.as_mut_ptr().add(i * BLOCK_TOKENS);
+                rows::zip::<V, Multiply>(scores, scores, decay.as_ptr(), 0.0, open + i + 1);
+            }
+            self.add_values::<V>(out, scores, open, count);
+        }
+    }
+
+    /// `out_i += scores_i[..=i] values[..=i]`. The rows of a tile share the tokens up to the first one's own; each goes on alone from
+    /// there. So every element is the same chain over j whatever the number of rows.
+    ///
+    /// # Safety
+    /// As for [`LightningHead::within_block`]; `scores` has `count` rows of BLOCK_TOKENS.
+    #[inline(always)]
+    unsafe fn add_values<V: Vector>(&self, out: *mut f32, scores: &[f32], open: usize, count: usize) {
+        let d = self.head_dim;
+        for first in (0..count).step_by(TILE_ROWS) {
+            let tile = TILE_ROWS.min(count - first);
+            // SAFETY: rows first..first + tile exist, and values up to open + count.
+            unsafe {
+                let shared = Block {
+                    a: scores.as_ptr().add(first * BLOCK_TOKENS),
+                    a_stride: BLOCK_TOKENS,
+                    b: self.values.as_ptr(),
+                    b_stride: d,
+                    c: out.add(first * self.out_stride),
+                    c_stride: self.out_stride,
+                    m: tile,
+                    n: d,
+                    k: open + first + 1,
+                    accumulate: true,
+                };
+                V::multiply(shared);
+                for i in 1..tile {
+                    V::multiply(Block {
+                        a: shared.a.add(i * BLOCK_TOKENS + shared.k),
+                        b: shared.b.add(shared.k * d),
+                        c: shared.c.add(i * self.out_stride),
+                        m: 1,
+                        k: i,
+                        ..shared
+                    });
+                }
+            }
         }
     }
 
@@ -282,9 +324,9 @@ impl Online<'_> {
     unsafe fn weigh<V: Vector>(&mut self, line: usize, d: usize, visible: usize, columns: usize) {
         let scores = &mut self.scores[line * BLOCK_TOKENS..][..columns];
         scores[visible..].fill(f32::MIN);
-        let largest = scores.iter().copied().fold(self.largest[line], f32::max);
-        // SAFETY: in place on this line's slices.
+        // SAFETY: in place on this line's slices, `columns` of them whole registers.
         unsafe {
+            let largest = rows::largest::<V>(scores).max(self.largest[line]);
             let at = scores.as_mut_ptr();
             rows::zip::<V, ExpLess>(at, at, at, largest, columns);
             scores[visible..].fill(0.0);
@@ -294,7 +336,7 @@ impl Online<'_> {
             self.weight[line] = self.weight[line] * fade[0] + weight;
             let sum = self.sum[line * d..][..d].as_mut_ptr();
             rows::zip::<V, Scale>(sum, sum, sum, fade[0], d);
+            self.largest[line] = largest;
         }
-        self.largest[line] = largest;
     }
 }

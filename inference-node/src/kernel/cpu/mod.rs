@@ -3,7 +3,10 @@
 //! Every operation is a [`Routine`] written once over [`simd::Vector`] and instantiated per instruction set. Splitting work
 //! between threads never splits a sum, so it never changes a result.
 
+mod dot;
+mod matmul;
 mod mixers;
+mod roofline;
 mod rows;
 mod simd;
 #[cfg(test)]
@@ -14,16 +17,17 @@ use std::marker::PhantomData;
 
 use super::matrix::PANEL;
 use super::pool::Pool;
-use super::{AttentionSpan, Decay, Group, Heads, Kernel, LightningSpan, Matrix, Pick, Rotations};
+use super::{AttentionSpan, Decay, Dtype, Group, Heads, Kernel, LightningSpan, Matrix, Pick, Rotations};
 use crate::config::Residual;
 use crate::state::{BLOCK_TOKENS, LightningState};
+use matmul::{EncodeStrip, MatrixTask, STRIP};
 use mixers::{AttentionGroup, LightningHead, LightningTask};
-use tile::{Block, TILE_ROWS};
+pub use roofline::Roofline;
 
 /// Rows of activations that one matrix task takes: they stay in the second-level cache while panels stream by.
-const TASK_ROWS: usize = 8 * TILE_ROWS;
+const TASK_ROWS: usize = 8 * STRIP;
 /// Multiply-adds below which a task is not worth handing out.
-const TASK_MULTIPLY_ADDS: usize = 1 << 15;
+const TASK_MULTIPLY_ADDS: usize = 1 << 16;
 /// Elements below which an elementwise task is not worth handing out.
 const TASK_ELEMENTS: usize = 1 << 13;
 /// Rows of one sequence that an attention task takes, so that a page is read once for all of them.
@@ -34,8 +38,21 @@ pub struct Cpu {
     pool: Pool,
     /// One buffer a pool thread.
     scratch: Vec<Vec<f32>>,
-    /// Where each group's tasks start.
-    first_tasks: Vec<usize>,
+    /// First task and first row of each group.
+    first_tasks: Vec<(usize, usize)>,
+    encoded: Encoded,
+}
+
+/// Activations as the matrix that is next wants them, in strips.
+#[derive(Default)]
+struct Encoded {
+    words: Vec<u32>,
+    /// `[rows]`
+    scales: Vec<f32>,
+    /// First row and rows of each strip.
+    strips: Vec<(usize, usize)>,
+    /// One buffer a pool thread.
+    scratch: Vec<Vec<u32>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +62,9 @@ enum Isa {
     Avx2,
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    /// With VNNI and bf16 dot products.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Dot,
 }
 
 /// Work that is written over any vector width.
@@ -61,7 +81,12 @@ impl Isa {
         #[cfg(target_arch = "x86_64")]
         {
             let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
-            if avx2 && is_x86_feature_detected!("avx512f") {
+            let avx512 = avx2 && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
+            let products = is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vnni");
+            if avx512 && products && is_x86_feature_detected!("avx512vl") {
+                return Isa::Avx512Dot;
+            }
+            if avx512 {
                 return Isa::Avx512;
             }
             if avx2 {
@@ -71,13 +96,27 @@ impl Isa {
         Isa::Portable
     }
 
-    fn name(self) -> &'static str {
-        match self {
-            Isa::Portable => "cpu-portable-f32",
+    fn name(self, dtype: Dtype) -> &'static str {
+        let names = match self {
+            Isa::Portable => ["cpu-portable-f32", "cpu-portable-bf16", "cpu-portable-int8"],
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => "cpu-avx2-f32",
+            Isa::Avx2 => ["cpu-avx2-f32", "cpu-avx2-bf16", "cpu-avx2-int8"],
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => "cpu-avx512-f32",
+            Isa::Avx512 => ["cpu-avx512-f32", "cpu-avx512-bf16", "cpu-avx512-int8"],
+            // f32 is the same arithmetic with and without the dot products.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Dot => ["cpu-avx512-f32", "cpu-avx512dot-bf16", "cpu-avx512dot-int8"],
+        };
+        names[dtype as usize]
+    }
+
+    /// Words of activations that meet one word of weights.
+    fn words_per_step(self, dtype: Dtype) -> usize {
+        match (self, dtype) {
+            (_, Dtype::F32) => 1,
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx512Dot, _) => 1,
+            _ => 2,
         }
     }
 
@@ -93,6 +132,8 @@ impl Isa {
                 Isa::Avx2 => run_avx2(routine),
                 #[cfg(target_arch = "x86_64")]
                 Isa::Avx512 => run_avx512(routine),
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx512Dot => run_avx512_dot(routine),
             }
         }
     }
@@ -110,10 +151,19 @@ unsafe fn run_avx2<R: Routine>(routine: R) {
 /// # Safety
 /// As for [`Routine::run`].
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx2,fma")]
+#[target_feature(enable = "avx512f,avx512bw,avx2,fma")]
 unsafe fn run_avx512<R: Routine>(routine: R) {
     // SAFETY: passed on.
     unsafe { routine.run::<simd::Avx512>() }
+}
+
+/// # Safety
+/// As for [`Routine::run`].
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni,avx2,fma")]
+unsafe fn run_avx512_dot<R: Routine>(routine: R) {
+    // SAFETY: passed on.
+    unsafe { routine.run::<simd::Avx512Dot>() }
 }
 
 /// A slice whose disjoint parts are written by several tasks.
@@ -159,12 +209,13 @@ impl Cpu {
     fn with(isa: Isa, threads: usize) -> Cpu {
         let pool = Pool::new(threads);
         let scratch = vec![Vec::new(); pool.threads()];
-        Cpu { isa, pool, scratch, first_tasks: Vec::new() }
+        let encoded = Encoded { scratch: vec![Vec::new(); pool.threads()], ..Encoded::default() };
+        Cpu { isa, pool, scratch, first_tasks: Vec::new(), encoded }
     }
 
-    /// What [`Cpu::new`] would report as its name.
-    pub fn detected_name() -> &'static str {
-        Isa::detect().name()
+    /// The kind of arithmetic of this machine's [`Cpu`] on matrices of `dtype`: results are bit-identical within one kind.
+    pub fn kind(dtype: Dtype) -> &'static str {
+        Isa::detect().name(dtype)
     }
 
     /// Calls `task` on ranges of rows that together cover `rows`, several at a time when they are worth it.
@@ -205,106 +256,85 @@ impl Cut {
     }
 }
 
-/// Some rows against some panels of one matrix.
-struct MatrixTask<'a> {
-    matrix: &'a Matrix,
-    x: &'a [f32],
-    y: *mut f32,
-    rows: usize,
-    panels: std::ops::Range<usize>,
-}
-
-impl Routine for MatrixTask<'_> {
-    #[inline(always)]
-    unsafe fn run<V: simd::Vector>(self) {
-        let (n, k) = (self.matrix.rows(), self.matrix.columns());
-        for panel in self.panels {
-            let first = panel * PANEL;
-            let valid = PANEL.min(n - first);
-            let whole = Block {
-                a: self.x.as_ptr(),
-                a_stride: k,
-                b: self.matrix.panel(panel).as_ptr(),
-                b_stride: PANEL,
-                c: self.y.wrapping_add(first),
-                c_stride: n,
-                m: self.rows,
-                n: PANEL,
-                k,
-                accumulate: false,
-            };
-            if valid == PANEL {
-                // SAFETY: x is [rows, k], the panel [k, PANEL], and columns first..first + PANEL of y are this task's.
-                unsafe { V::multiply(whole) };
-                continue;
-            }
-            // The last panel is wider than y: compute it beside y.
-            let mut padded = [0.0; TILE_ROWS * PANEL];
-            for row in (0..self.rows).step_by(TILE_ROWS) {
-                let rows = TILE_ROWS.min(self.rows - row);
-                // SAFETY: as above for `a` and `b`; `padded` holds TILE_ROWS rows of PANEL; then `valid` columns are copied to y.
+impl Encoded {
+    /// Encodes `x` for `groups`, whose matrices have one dtype; returns the words of a row.
+    fn fill(&mut self, isa: Isa, pool: &mut Pool, x: &[f32], groups: &[Group<'_>]) -> usize {
+        let (dtype, columns) = (groups[0].matrix.dtype(), groups[0].matrix.columns());
+        let stride = groups[0].matrix.words_per_row() * isa.words_per_step(dtype);
+        let rows = x.len() / columns;
+        self.strips.clear();
+        let mut first = 0;
+        for group in groups {
+            let strips = (first..first + group.rows).step_by(STRIP);
+            self.strips.extend(strips.map(|row| (row, STRIP.min(first + group.rows - row))));
+            first += group.rows;
+        }
+        self.words.resize(self.words.len().max(rows * stride), 0);
+        self.scales.resize(self.scales.len().max(rows), 0.0);
+        let (words, scales) = (Parts::new(&mut self.words), Parts::new(&mut self.scales));
+        let (strips, scratch) = (&self.strips, Parts::new(&mut self.scratch));
+        let strips_per_task = (TASK_ELEMENTS / (STRIP * columns)).max(1);
+        pool.run(strips.len().div_ceil(strips_per_task), |task, thread| {
+            // SAFETY: each thread has its own scratch.
+            let scratch = unsafe { &mut scratch.part(thread, 1)[0] };
+            scratch.resize(scratch.len().max(stride), 0);
+            for &(row, rows) in strips.iter().skip(task * strips_per_task).take(strips_per_task) {
+                // SAFETY: strips are disjoint.
                 unsafe {
-                    let part = Block {
-                        a: whole.a.add(row * k),
-                        c: padded.as_mut_ptr(),
-                        c_stride: PANEL,
-                        m: rows,
-                        ..whole
-                    };
-                    V::multiply(part);
-                    for i in 0..rows {
-                        let to = whole.c.add((row + i) * n);
-                        std::ptr::copy_nonoverlapping(padded.as_ptr().add(i * PANEL), to, valid);
-                    }
+                    isa.dispatch(EncodeStrip {
+                        dtype,
+                        x: &x[row * columns..(row + rows) * columns],
+                        rows,
+                        words: words.part(row * stride, rows * stride),
+                        scales: scales.part(row, rows),
+                        scratch,
+                    });
                 }
             }
-        }
+        });
+        stride
     }
 }
 
 impl Kernel for Cpu {
-    fn name(&self) -> &'static str {
-        self.isa.name()
-    }
-
     fn matmul(&mut self, x: &[f32], w: &Matrix, y: &mut [f32]) {
         let rows = x.len() / w.columns();
         self.matmul_grouped(x, &[Group { matrix: w, rows }], y);
     }
 
     fn matmul_grouped(&mut self, x: &[f32], groups: &[Group<'_>], y: &mut [f32]) {
-        let Some(shape) = groups.first().map(|group| (group.matrix.rows(), group.matrix.columns())) else {
-            return;
-        };
-        let (n, k) = shape;
+        let Some(shape) = groups.first().map(|group| group.matrix.shape()) else { return };
+        let (n, k, _) = shape;
         let rows: usize = groups.iter().map(|group| group.rows).sum();
-        assert!(groups.iter().all(|group| (group.matrix.rows(), group.matrix.columns()) == shape));
+        assert!(groups.iter().all(|group| group.matrix.shape() == shape), "groups differ in weights alone");
         assert!(x.len() == rows * k && y.len() == rows * n, "activations match the matrix");
         let rows_max = groups.iter().map(|group| group.rows).max().unwrap_or(0);
         let cut = Cut::new(groups[0].matrix, rows_max, self.pool.threads());
         self.first_tasks.clear();
-        let mut tasks = 0;
+        let (mut tasks, mut first_row) = (0, 0);
         for group in groups {
-            self.first_tasks.push(tasks);
+            self.first_tasks.push((tasks, first_row));
             tasks += cut.tasks(group.rows);
+            first_row += group.rows;
         }
-        let (isa, first_tasks, y) = (self.isa, &self.first_tasks, Parts::new(y));
+        let stride = self.encoded.fill(self.isa, &mut self.pool, x, groups);
+        let (isa, first_tasks, encoded, y) = (self.isa, &self.first_tasks, &self.encoded, Parts::new(y));
+        let columns_of_tasks = cut.panels.div_ceil(cut.panels_per_task);
         self.pool.run(tasks, |task, _| {
-            let index = first_tasks.partition_point(|&first| first <= task) - 1;
-            let group_row: usize = groups[..index].iter().map(|group| group.rows).sum();
-            let columns_of_tasks = cut.panels.div_ceil(cut.panels_per_task);
-            let (row_task, panel_task) = (
-                (task - first_tasks[index]) / columns_of_tasks,
-                (task - first_tasks[index]) % columns_of_tasks,
-            );
-            let group = &groups[index];
+            let index = first_tasks.partition_point(|&(first, _)| first <= task) - 1;
+            let (group, (first_task, group_row)) = (&groups[index], first_tasks[index]);
+            // Panels outside, rows inside: the rows of a group meet a panel while it is in the cache.
+            let row_tasks = group.rows.div_ceil(TASK_ROWS);
+            let (panel_task, row_task) = ((task - first_task) / row_tasks, (task - first_task) % row_tasks);
+            debug_assert!(panel_task < columns_of_tasks);
             let first = row_task * TASK_ROWS;
             let rows = TASK_ROWS.min(group.rows - first);
             let row = group_row + first;
             let panels = panel_task * cut.panels_per_task;
             let task = MatrixTask {
                 matrix: group.matrix,
-                x: &x[row * k..(row + rows) * k],
+                words: &encoded.words[row * stride..(row + rows) * stride],
+                row_scales: &encoded.scales[row..row + rows],
                 y: y.at(row * n),
                 rows,
                 panels: panels..cut.panels.min(panels + cut.panels_per_task),
@@ -431,7 +461,7 @@ impl Kernel for Cpu {
         out: &mut [f32],
     ) {
         let Heads { heads, head_dim: d, .. } = shape;
-        self.reserve_scratch(d * BLOCK_TOKENS);
+        self.reserve_scratch(d.max(BLOCK_TOKENS) * BLOCK_TOKENS);
         let (isa, scratch) = (self.isa, Parts::new(&mut self.scratch));
         let out = Parts::new(out);
         let (mut work, mut row) = (Vec::with_capacity(spans.len() * heads), 0);

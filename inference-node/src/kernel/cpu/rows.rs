@@ -106,6 +106,24 @@ pub(super) unsafe fn sum<V: Vector, S: Step>(a: &[f32], b: &[f32]) -> f32 {
     lanes[..V::LANES].iter().sum()
 }
 
+/// The largest of whole registers of numbers.
+///
+/// # Safety
+/// The CPU has V's features, and the length is a multiple of its lanes.
+#[inline(always)]
+pub(super) unsafe fn largest<V: Vector>(x: &[f32]) -> f32 {
+    let mut lanes = [f32::MIN; 16];
+    // SAFETY: each chunk is a register long; `lanes` is as long as the widest.
+    unsafe {
+        let mut largest = V::splat(f32::MIN);
+        for chunk in x.chunks_exact(V::LANES) {
+            largest = largest.max(V::load(chunk.as_ptr()));
+        }
+        largest.store(lanes.as_mut_ptr());
+    }
+    lanes.into_iter().fold(f32::MIN, f32::max)
+}
+
 /// # Safety
 /// As for [`zip`].
 #[inline(always)]

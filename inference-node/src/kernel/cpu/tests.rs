@@ -5,12 +5,14 @@ use crate::kernel::Reference;
 
 fn isas() -> Vec<Isa> {
     #[cfg(target_arch = "x86_64")]
-    let known = [Isa::Portable, Isa::Avx2, Isa::Avx512];
+    let known = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Dot];
     #[cfg(not(target_arch = "x86_64"))]
     let known = [Isa::Portable];
     let best = known.iter().position(|&isa| isa == Isa::detect()).expect("detect returns a known set");
     known[..=best].to_vec()
 }
+
+const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::Bf16, Dtype::Int8];
 
 /// Reproducible numbers in -1..1.
 fn noise(len: usize, seed: u32) -> Vec<f32> {
@@ -24,9 +26,9 @@ fn noise(len: usize, seed: u32) -> Vec<f32> {
     (0..len).map(|_| next()).collect()
 }
 
-fn matrix(rows: usize, columns: usize, seed: u32) -> Matrix {
+fn matrix(dtype: Dtype, rows: usize, columns: usize, seed: u32) -> Matrix {
     let weights = noise(rows * columns, seed);
-    Matrix::pack(rows, columns, |row, out| out.copy_from_slice(&weights[row * columns..][..columns]))
+    Matrix::pack(dtype, rows, columns, |row, out| out.copy_from_slice(&weights[row * columns..][..columns]))
 }
 
 /// Sums of n products in another order differ by about sqrt(n) roundings of numbers of order one.
@@ -44,15 +46,15 @@ fn assert_same_bits(a: &[f32], b: &[f32], what: &str) {
 
 #[test]
 fn matmul_equals_the_reference_and_rows_do_not_see_each_other() {
-    for isa in isas() {
-        for (n, k) in [(1, 1), (8, 7), (31, 64), (32, 5), (33, 200), (100, 48), (300, 96)] {
-            let w = matrix(n, k, 7);
-            for m in [1, 2, 5, 6, 7, 13, 49, 100] {
+    for (isa, dtype) in isas().into_iter().flat_map(|isa| DTYPES.map(|dtype| (isa, dtype))) {
+        for (n, k) in [(1, 1), (8, 7), (31, 64), (32, 5), (33, 203), (100, 48), (300, 98)] {
+            let w = matrix(dtype, n, k, 7);
+            for m in [1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12, 13, 49, 100, 193] {
                 let x = noise(m * k, m as u32);
                 let (mut found, mut expected) = (vec![0.0; m * n], vec![0.0; m * n]);
                 Cpu::with(isa, 3).matmul(&x, &w, &mut found);
                 Reference.matmul(&x, &w, &mut expected);
-                assert_close(&found, &expected, k, &format!("{isa:?} {m}x{n}x{k}"));
+                assert_close(&found, &expected, k, &format!("{isa:?} {dtype:?} {m}x{n}x{k}"));
                 let mut alone = vec![0.0; n];
                 for row in [0, m / 2, m - 1] {
                     Cpu::with(isa, 1).matmul(&x[row * k..][..k], &w, &mut alone);
@@ -66,11 +68,11 @@ fn matmul_equals_the_reference_and_rows_do_not_see_each_other() {
 #[test]
 fn grouped_matmul_equals_one_by_one() {
     let (n, k, rows) = (70, 40, [3, 0, 1, 60]);
-    let matrices: Vec<Matrix> = (0..4).map(|seed| matrix(n, k, seed)).collect();
-    let groups: Vec<Group<'_>> =
-        matrices.iter().zip(rows).map(|(matrix, rows)| Group { matrix, rows }).collect();
     let x = noise(64 * k, 1);
-    for isa in isas() {
+    for (isa, dtype) in isas().into_iter().flat_map(|isa| DTYPES.map(|dtype| (isa, dtype))) {
+        let matrices: Vec<Matrix> = (0..4).map(|seed| matrix(dtype, n, k, seed)).collect();
+        let groups: Vec<Group<'_>> =
+            matrices.iter().zip(rows).map(|(matrix, rows)| Group { matrix, rows }).collect();
         let mut kernel = Cpu::with(isa, 2);
         let (mut grouped, mut single) = (vec![0.0; 64 * n], vec![0.0; 64 * n]);
         kernel.matmul_grouped(&x, &groups, &mut grouped);

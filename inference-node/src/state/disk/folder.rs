@@ -144,13 +144,14 @@ impl Folder {
         let bytes = checkpoint.state_bytes()
             + missing.iter().map(|segment| segment.bytes()).sum::<u64>()
             + (missing.len() as u64 + 1) * FILE_BYTES_EXTRA;
-        if bytes > self.bytes_max {
-            return Err(StoreError::TooLarge { bytes });
-        }
         let foundation = match missing.last() {
             Some(first) => first.parent.as_ref().map(|parent| parent.key),
             None => checkpoint.pages.as_ref().map(|pages| pages.key),
         };
+        let bytes_with_foundation = bytes + self.chain_bytes(foundation);
+        if bytes_with_foundation > self.bytes_max {
+            return Err(StoreError::TooLarge { bytes: bytes_with_foundation });
+        }
         // Else making room could take away the pages that the new ones continue.
         self.hold(foundation);
         self.make_room(bytes);
@@ -340,6 +341,16 @@ impl Folder {
             }
             _ => {}
         }
+    }
+
+    /// Of `last` and all that it stands on.
+    fn chain_bytes(&self, last: Option<Key>) -> u64 {
+        let segment = |key: Option<Key>| key.and_then(|key| self.segments.get(&key));
+        // A damaged header could name itself.
+        std::iter::successors(segment(last), |last| segment(last.parent))
+            .take(self.segments.len())
+            .map(|segment| segment.bytes)
+            .sum()
     }
 
     /// As [`Segment::hold`], for files.
