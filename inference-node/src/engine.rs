@@ -1,7 +1,7 @@
 //! The engine: one thread that owns the model's state and computes for everybody.
 //!
 //! ```text
-//!            submit (bounded)                    step = take arrivals, read mailboxes, admit,
+//!            submit (bounded)                    step = take arrivals, read mailboxes, admit (and suspend),
 //!   client -------------------> engine thread          schedule, run the model, sample, deliver
 //!      ^   grants, cancel           |
 //!      +------- Mailbox <-----------+            nothing in a step waits for a client
@@ -12,10 +12,14 @@
 
 mod caching;
 pub mod mailbox;
+mod pace;
+mod room;
 mod sequence;
 
 use self::caching::Caching;
 use self::mailbox::{Delivery, Ending, Grant, Mailbox, Outlet};
+use self::pace::Pace;
+use self::room::CacheRoom;
 use self::sequence::Sequence;
 use crate::model::{Cost, Logits, Model, Runner, Span};
 use crate::sampler::{Sampler, Sampling};
@@ -40,9 +44,16 @@ pub struct EngineLimits {
     pub waiting_max: usize,
     pub step_tokens_max: usize,
     pub cache_tokens: usize,
-    /// How long a sequence may hold its slot without a grant.
+    /// How long a sequence is kept without a grant.
     pub grant_idle: Duration,
     pub prefixes: PrefixLimits,
+    /// How long it keeps its slot from others meanwhile.
+    pub grant_patience: Duration,
+    pub suspended_bytes_max: u64,
+    pub preempt_after_tokens: u64,
+    pub preempt_lag_tokens: u64,
+    /// How long a step that computes a prompt too may take, in steps that only decode.
+    pub mixed_step_ratio: f64,
 }
 
 /// A sequence to generate. Valid by construction: see [`crate::service`].
@@ -61,6 +72,8 @@ pub struct Submission {
     pub stop_ids: Vec<u32>,
     pub ignore_end_of_sequence: bool,
     pub tenant: Arc<str>,
+    /// The tenant's share against that of others; at least 1.
+    pub tenant_weight: u32,
     pub priority: Priority,
     pub deadline: Option<Instant>,
 }
@@ -99,6 +112,9 @@ pub struct Odometer {
     pub weight_bytes_total: AtomicU64,
     pub state_bytes_total: AtomicU64,
     pub multiply_adds_total: AtomicU64,
+    pub preemptions_total: AtomicU64,
+    /// How long an arrival would wait for its turn.
+    pub expected_wait_ms: AtomicU64,
 }
 
 impl Odometer {
@@ -159,7 +175,9 @@ impl EngineHandle {
             |error| match error {
                 TrySendError::Full(_) => Refusal::QueueFull {
                     waiting: self.odometer().sequences_waiting.load(Ordering::Relaxed) as usize,
-                    retry_after: RETRY_AFTER_MIN,
+                    retry_after: retry_after(Duration::from_millis(
+                        self.odometer().expected_wait_ms.load(Ordering::Relaxed),
+                    )),
                 },
                 TrySendError::Disconnected(_) => Refusal::Stopped,
             },
@@ -267,9 +285,12 @@ pub fn start(
         waiting_max: limits.waiting_max,
         step_tokens_max: limits.step_tokens_max,
         block_tokens: BLOCK_TOKENS,
+        preempt_after_tokens: limits.preempt_after_tokens,
+        preempt_lag_tokens: limits.preempt_lag_tokens,
     });
     let cache_limits = CacheLimits { slots: limits.slots, tokens: limits.cache_tokens };
-    let cache = StateCache::new(model.config(), cache_limits);
+    let cache =
+        StateCache::new(model.config(), cache_limits).with_suspended_bytes_max(limits.suspended_bytes_max);
     let identity = Identity {
         model: model.content_hash().to_owned(),
         kernel: model.kernel_name().to_owned(),
@@ -281,6 +302,7 @@ pub fn start(
     let engine = Engine {
         cache,
         caching: Caching::new(prefixes),
+        pace: Pace::new(model.config(), model.active_parameters(), limits.mixed_step_ratio),
         vocab_size: model.config().vocab_size,
         runner: Runner::new(model, limits.threads),
         limits,
@@ -292,7 +314,6 @@ pub fn start(
         sampler: Sampler::default(),
         sequences: BTreeMap::new(),
         next_id: 0,
-        turnaround: Duration::ZERO,
         odometer: odometer.clone(),
         batch: Vec::new(),
         endings: Vec::new(),
@@ -317,8 +338,7 @@ struct Engine {
     sampler: Sampler,
     sequences: BTreeMap<SequenceId, Sequence>,
     next_id: u64,
-    /// How long a sequence holds its slot, smoothed.
-    turnaround: Duration,
+    pace: Pace,
     odometer: Arc<Odometer>,
     /// Scratch, kept between steps.
     batch: Vec<Work>,
@@ -352,9 +372,12 @@ impl Engine {
         let somebody_arrived = !arrivals.is_empty();
         arrivals.into_iter().for_each(|submitted| self.take(submitted));
         self.admit();
-        self.scheduler.schedule(&mut self.batch);
+        let prompt_tokens_max = self.pace.prompt_tokens_max(self.scheduler.ahead());
+        self.scheduler.schedule(&mut self.batch, prompt_tokens_max);
         if !self.batch.is_empty() {
+            let started_at = Instant::now();
             self.compute();
+            self.pace.observe(&self.batch, started_at.elapsed());
             return Rest::None;
         }
         match alarm.into_iter().chain(self.caching.alarm()).min() {
@@ -407,7 +430,7 @@ impl Engine {
         self.sequences.insert(id, sequence);
         if let Err(full) = self.place(id) {
             self.sequences.remove(&id);
-            let retry_after = self.expected_wait(full.waiting);
+            let retry_after = retry_after(self.expected_wait());
             return Err(Refusal::QueueFull { waiting: full.waiting, retry_after });
         }
         self.next_id += 1;
@@ -429,16 +452,22 @@ impl Engine {
             }
             if cancelled {
                 self.endings.push((id, Ending::Cancelled));
-            } else if sequence.deadline.is_some_and(|deadline| deadline <= now) {
+            } else if sequence.deadline.is_some_and(|deadline| is_missed(sequence, deadline, now, &self.pace))
+            {
                 self.endings.push((id, Ending::Deadline));
             } else if grant.is_final && sequence.output_tokens() as u64 >= grant.output_tokens {
                 self.endings.push((id, Ending::GrantExhausted));
             } else if self.scheduler.lacks_grant(id) {
-                let given_up_at = *sequence.idle_since.get_or_insert(now) + self.limits.grant_idle;
+                let idle_since = *sequence.idle_since.get_or_insert(now);
+                let (yields_at, given_up_at) =
+                    (idle_since + self.limits.grant_patience, idle_since + self.limits.grant_idle);
                 if given_up_at <= now {
                     self.endings.push((id, Ending::GrantTimeout));
-                } else {
+                } else if yields_at <= now {
+                    self.scheduler.yields(id);
                     wake_at(given_up_at);
+                } else {
+                    wake_at(yields_at.min(given_up_at));
                 }
             } else {
                 sequence.idle_since = None;
@@ -461,8 +490,9 @@ impl Engine {
         self.forget(id, &sequence.prefix);
         // Before its client learns of the end: whoever then flushes the cache flushes this too.
         self.park(&mut sequence);
-        if let Some(admitted_at) = sequence.admitted_at {
-            self.turnaround = (self.turnaround * 7 + admitted_at.elapsed()) / 8;
+        self.pace.ended(sequence.output_tokens());
+        if let Some(suspended) = sequence.suspended.take() {
+            self.cache.discard(suspended);
         }
         if let Some(slot) = end(sequence) {
             self.cache.release(slot);
@@ -470,19 +500,14 @@ impl Engine {
     }
 
     fn admit(&mut self) {
-        let (sequences, cache, caching) = (&mut self.sequences, &mut self.cache, &mut self.caching);
-        let now = Instant::now();
-        let mut admitted = Vec::new();
-        self.scheduler.admit(|id| {
-            let sequence = sequences.get_mut(&id).expect("a waiting sequence is known");
-            sequence.slot = cache.acquire(sequence.tokens_max());
-            if sequence.slot.is_none() {
-                return false;
-            }
-            sequence.admitted_at = Some(now);
-            admitted.push((id, caching.start(sequence, cache, now)));
-            true
-        });
+        let mut room = CacheRoom {
+            sequences: &mut self.sequences,
+            cache: &mut self.cache,
+            caching: &mut self.caching,
+            admitted: Vec::new(),
+        };
+        self.scheduler.admit(&mut room);
+        let admitted = room.admitted;
         self.restored(admitted);
     }
 
@@ -529,10 +554,19 @@ impl Engine {
         self.odometer.steps_total.fetch_add(1, Ordering::Relaxed);
     }
 
-    fn expected_wait(&self, waiting: usize) -> Duration {
-        let ahead = u32::try_from(waiting).unwrap_or(u32::MAX);
-        let slots = u32::try_from(self.limits.slots).unwrap_or(u32::MAX);
-        (self.turnaround.saturating_mul(ahead) / slots).clamp(RETRY_AFTER_MIN, RETRY_AFTER_MAX)
+    /// Until an arrival would get its turn: of all the work here, the share of those that must end before.
+    fn expected_wait(&self) -> Duration {
+        let (waiting, present) = (self.scheduler.waiting(), self.sequences.len());
+        if waiting == 0 && self.scheduler.running() < self.limits.slots {
+            return Duration::ZERO;
+        }
+        let left = |sequence: &Sequence| {
+            self.pace.output_tokens_left(sequence.output_tokens(), sequence.output_tokens_left_max())
+        };
+        let output_tokens = self.sequences.values().map(left).sum();
+        let all_s = self.pace.seconds_for(self.scheduler.prompt_tokens_pending() as f64, output_tokens);
+        let before = (waiting + 1).min(present) as f64 / present as f64;
+        Duration::try_from_secs_f64(all_s * before).unwrap_or(RETRY_AFTER_MAX)
     }
 
     fn publish(&self) {
@@ -549,6 +583,8 @@ impl Engine {
         set(&self.odometer.weight_bytes_total, cost.weight_bytes);
         set(&self.odometer.state_bytes_total, cost.state_bytes);
         set(&self.odometer.multiply_adds_total, cost.multiply_adds);
+        set(&self.odometer.preemptions_total, self.scheduler.preemptions());
+        set(&self.odometer.expected_wait_ms, self.expected_wait().as_millis() as u64);
     }
 }
 
@@ -557,6 +593,16 @@ enum Rest {
     None,
     Until(Instant),
     UntilCalled,
+}
+
+fn retry_after(wait: Duration) -> Duration {
+    wait.clamp(RETRY_AFTER_MIN, RETRY_AFTER_MAX)
+}
+
+/// Whether a deadline has passed, or will have before a newcomer's first token could be there.
+fn is_missed(sequence: &Sequence, deadline: Instant, now: Instant, pace: &Pace) -> bool {
+    let left = deadline.saturating_duration_since(now);
+    left.is_zero() || sequence.is_new() && pace.is_hopeless(sequence.tokens.len(), left)
 }
 
 fn span<'a>(sequences: &'a BTreeMap<SequenceId, Sequence>, work: &Work) -> Span<'a> {

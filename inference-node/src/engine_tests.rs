@@ -1,5 +1,8 @@
 //! The engine with the bundled model: one result whatever the company, and every end of a sequence.
 
+#[path = "engine/preemption_tests.rs"]
+mod preemption;
+
 use super::*;
 use crate::node::{Node, NodeOptions};
 use sluice_proto::node::v1::tokenize_request::Input;
@@ -32,6 +35,7 @@ pub(super) fn submission(prompt_ids: Vec<u32>, output_tokens_max: usize) -> Subm
         stop_ids: Vec::new(),
         ignore_end_of_sequence: true,
         tenant: "test".into(),
+        tenant_weight: 1,
         priority: Priority::Normal,
         deadline: None,
     }

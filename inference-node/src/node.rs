@@ -98,9 +98,30 @@ pub struct NodeOptions {
     #[arg(long, value_name = "MS", default_value_t = DEFAULT_CACHE_WAIT_MS)]
     pub cache_wait_ms: u64,
 
-    /// How long a sequence keeps its slot while its client grants nothing
+    /// How long a sequence is kept while its client grants nothing
     #[arg(long, value_name = "MS", default_value_t = DEFAULT_GRANT_IDLE_MS)]
     pub grant_idle_ms: u64,
+
+    /// How long it keeps its slot meanwhile, if others wait for one
+    #[arg(long, value_name = "MS", default_value_t = DEFAULT_GRANT_PATIENCE_MS)]
+    pub grant_patience_ms: u64,
+
+    /// Memory for the state of suspended sequences, beside that of the slots; while it is full, or 0, nobody is suspended
+    #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_SUSPENDED_BYTES_MAX)]
+    pub suspended_bytes_max: u64,
+
+    /// Tokens that a sequence computes in a slot before it can be suspended for others
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_PREEMPT_AFTER_TOKENS)]
+    pub preempt_after_tokens: u64,
+
+    /// How many tokens a waiting tenant gets behind before a sequence of another is suspended for it
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_PREEMPT_LAG_TOKENS)]
+    pub preempt_lag_tokens: u64,
+
+    /// How long a step may take that computes prompts beside decoding, in steps that only decode: smaller keeps tokens
+    /// flowing more evenly, larger computes prompts faster
+    #[arg(long, value_name = "RATIO", default_value_t = DEFAULT_MIXED_STEP_RATIO)]
+    pub mixed_step_ratio: f64,
 
     /// Longest text that Tokenize takes
     #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_TOKENIZE_BYTES_MAX)]
@@ -111,6 +132,11 @@ const DEFAULT_SLOTS: usize = 32;
 const DEFAULT_WAITING_MAX: usize = 256;
 const DEFAULT_STEP_TOKENS_MAX: usize = 512;
 const DEFAULT_GRANT_IDLE_MS: u64 = 30_000;
+const DEFAULT_GRANT_PATIENCE_MS: u64 = 50;
+const DEFAULT_SUSPENDED_BYTES_MAX: u64 = 1 << 30;
+const DEFAULT_PREEMPT_AFTER_TOKENS: u64 = 64;
+const DEFAULT_PREEMPT_LAG_TOKENS: u64 = 2048;
+const DEFAULT_MIXED_STEP_RATIO: f64 = 2.5;
 const DEFAULT_TOKENIZE_BYTES_MAX: usize = 8 << 20;
 const DEFAULT_CACHE_BYTES_MAX: u64 = 4 << 30;
 const DEFAULT_CACHE_RAM_BYTES: u64 = 1 << 30;
@@ -142,6 +168,11 @@ impl NodeOptions {
             cache_turns_max: DEFAULT_CACHE_TURNS_MAX,
             cache_wait_ms: DEFAULT_CACHE_WAIT_MS,
             grant_idle_ms: DEFAULT_GRANT_IDLE_MS,
+            grant_patience_ms: DEFAULT_GRANT_PATIENCE_MS,
+            suspended_bytes_max: DEFAULT_SUSPENDED_BYTES_MAX,
+            preempt_after_tokens: DEFAULT_PREEMPT_AFTER_TOKENS,
+            preempt_lag_tokens: DEFAULT_PREEMPT_LAG_TOKENS,
+            mixed_step_ratio: DEFAULT_MIXED_STEP_RATIO,
             tokenize_bytes_max: DEFAULT_TOKENIZE_BYTES_MAX,
         }
     }
@@ -173,6 +204,14 @@ impl NodeOptions {
         if self.cache_dir.is_some() && self.cache_ram_bytes == 0 {
             let reason = "needs memory too: --cache-ram-bytes 0 turns the whole cache off".to_owned();
             return refuse("cache-dir", reason);
+        }
+        if self.preempt_after_tokens == 0 {
+            return refuse("preempt-after-tokens", "must be at least 1".to_owned());
+        }
+        if !(self.mixed_step_ratio > 1.0 && self.mixed_step_ratio <= MIXED_STEP_RATIO_MAX) {
+            let reason =
+                format!("must be over 1, which leaves prompts nothing, and at most {MIXED_STEP_RATIO_MAX}");
+            return refuse("mixed-step-ratio", reason);
         }
         if !self.model_dir.is_dir() {
             return Err(StartError::NoDirectory(self.model_dir.clone()));
@@ -230,6 +269,8 @@ pub enum StartError {
 
 /// Threads beyond this are a typing error.
 const THREADS_MAX: usize = 1024;
+/// Beyond this there is no bound worth the name: `--step-tokens-max` sets it.
+const MIXED_STEP_RATIO_MAX: f64 = 1000.0;
 
 /// A running node. Dropped, its engine stops once the last sequence has ended.
 pub struct Node {
@@ -264,6 +305,11 @@ impl Node {
             cache_tokens: options.cache_tokens(&model),
             grant_idle: Duration::from_millis(options.grant_idle_ms),
             prefixes: options.prefix_limits(),
+            grant_patience: Duration::from_millis(options.grant_patience_ms),
+            suspended_bytes_max: options.suspended_bytes_max,
+            preempt_after_tokens: options.preempt_after_tokens,
+            preempt_lag_tokens: options.preempt_lag_tokens,
+            mixed_step_ratio: options.mixed_step_ratio,
         };
         let engine = engine::start(model, tokenizer.clone(), end_of_sequence, limits)?;
         let limits = ServiceLimits {

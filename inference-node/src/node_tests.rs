@@ -149,6 +149,7 @@ async fn bad_requests_name_the_field() {
         ("stop_strings[0]", proto::Start { stop_strings: vec![String::new()], ..start(vec![5], 2) }),
         ("sampling.temperature", proto::Start { sampling: sampling(-1.0, 1.0), ..start(vec![5], 2) }),
         ("sampling.top_p", proto::Start { sampling: sampling(1.0, 2.0), ..start(vec![5], 2) }),
+        ("tenant_weight", proto::Start { tenant_weight: 1001, ..start(vec![5], 2) }),
         ("priority", proto::Start { priority: 77, ..start(vec![5], 2) }),
     ]);
     for (field, start) in cases {
@@ -284,6 +285,10 @@ fn start_errors_say_what_to_do() {
     let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/sluice-demo");
     let small_steps = NodeOptions { step_tokens_max: 32, ..NodeOptions::new(&demo) };
     assert!(refuse(small_steps).starts_with("--step-tokens-max must be more than --slots"));
+    let no_mixed_steps = NodeOptions { mixed_step_ratio: 1.0, ..NodeOptions::new(&demo) };
+    assert!(refuse(no_mixed_steps).starts_with("--mixed-step-ratio must be over 1"));
+    let thrashing = NodeOptions { preempt_after_tokens: 0, ..NodeOptions::new(&demo) };
+    assert!(refuse(thrashing).starts_with("--preempt-after-tokens must be at least 1"));
     let bare = tempfile::tempdir().expect("a directory");
     for file in ["config.json", "model.safetensors"] {
         std::fs::copy(demo.join(file), bare.path().join(file)).expect("copied");

@@ -7,18 +7,27 @@
 //! ```text
 //!   enqueue --> waiting --admit--> running --schedule--> [decode: 1 token each][prefill: chunks on the block grid]
 //!   (bounded)   a queue a flow    (slots)                 at most step_tokens_max together
+//!                  ^                 |
+//!                  +--- suspended <--+  preempted, its state kept as it is
 //! ```
 //!
-//! Fairness is by virtual token counters (arXiv 2401.00588). A *flow* is a tenant's work of one priority; its counter
-//! runs with each token computed for it, more slowly for a higher priority; the flow that is behind goes first. So
-//! priority is a weight, not a rank: batch work gets slow and never stops. An idle flow earns no credit: when it comes
-//! back it starts with the flow that is furthest behind. Endless newcomers could so hold back a flow for ever;
-//! therefore every eighth choice goes by age instead.
+//! Fairness is by weighted virtual token counters (see [`flow`]). A *flow* is a tenant's work of one priority; the flow that
+//! is behind goes first: into a slot (see [`admission`]) and, with its prompts, into a step (see [`step`]). A priority is a
+//! weight first, so that batch work gets slow and never stops; it also decides who has to give up a slot for whom.
 //!
-//! Invariants, tested by simulation: a batch never exceeds its budget nor a sequence its grant, no sequence starves,
-//! each token is computed once and in order.
+//! Invariants, tested by simulation: a batch never exceeds its budget, a sequence its grant or memory its limit; each token
+//! is computed once and in order, whatever is suspended in between; no sequence starves; and of two flows that always
+//! want more, neither gets further in front than the lag, what is computed before a victim may be taken, and one step.
 
-use std::collections::{BTreeMap, VecDeque};
+mod admission;
+mod flow;
+mod step;
+
+pub use self::admission::Room;
+pub use self::step::{Ahead, Work};
+
+use self::flow::{Clock, Entry, Flow, Virtual};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// Numbered by arrival.
@@ -34,7 +43,7 @@ pub enum Priority {
 
 impl Priority {
     /// How fast a flow's counter runs.
-    fn cost(self) -> u64 {
+    fn cost(self) -> Virtual {
         match self {
             Priority::Batch => 16,
             Priority::Normal => 4,
@@ -47,11 +56,16 @@ impl Priority {
 pub struct SchedulerLimits {
     /// Sequences that run at the same time.
     pub slots: usize,
+    /// Sequences without a slot at which an arrival is refused.
     pub waiting_max: usize,
     /// Tokens computed in one step. More than `slots`, so that decoding leaves room for prefill.
     pub step_tokens_max: usize,
     /// The model's grid of blocks; chunks end on it where they can.
     pub block_tokens: usize,
+    /// Tokens that a sequence computes in a slot before it can be suspended for others; at least one.
+    pub preempt_after_tokens: u64,
+    /// How far a flow gets behind, in its own tokens, before others are suspended for it.
+    pub preempt_lag_tokens: u64,
 }
 
 /// A sequence as it arrives.
@@ -59,6 +73,8 @@ pub struct SchedulerLimits {
 pub struct Arrival {
     pub id: SequenceId,
     pub tenant: Arc<str>,
+    /// The tenant's share against that of others; the latest arrival's counts.
+    pub weight: u32,
     pub priority: Priority,
     /// Tokens to compute before the first one can be sampled.
     pub known_tokens: usize,
@@ -76,55 +92,51 @@ pub struct QueueFull {
     pub waiting: usize,
 }
 
-/// What one step computes for one sequence: its known tokens `from..from + tokens`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Work {
-    pub id: SequenceId,
-    pub from: usize,
-    pub tokens: usize,
-    /// They reach the end of what is known: a token is to be sampled.
-    pub samples: bool,
-}
-
 pub struct Scheduler {
     limits: SchedulerLimits,
     sequences: BTreeMap<SequenceId, Sequence>,
     flows: BTreeMap<FlowKey, Flow>,
+    clock: Clock,
     running: usize,
-    /// Choices made, to tell whose turn it is: see [`AGE_TURN`].
-    admissions: u64,
-    prefills: u64,
-    /// Scratch: who may prefill, in order.
-    candidates: Vec<(u64, SequenceId)>,
+    preemptions: u64,
+    /// Scratch: who may prefill, in order; and who may enter.
+    candidates: Vec<(Virtual, SequenceId)>,
+    heads: Vec<admission::Head>,
 }
 
 type FlowKey = (Arc<str>, Priority);
 
 struct Sequence {
     flow: FlowKey,
-    running: bool,
+    place: Place,
     known: usize,
     computed: usize,
     output: u64,
     granted: u64,
     stops: Arc<[usize]>,
+    /// Tokens computed since it entered its slot.
+    stint_tokens: u64,
+    /// It has been without a grant for so long that others may have its slot.
+    yields: bool,
 }
 
-#[derive(Default)]
-struct Flow {
-    counter: u64,
-    waiting: VecDeque<SequenceId>,
-    running: usize,
-    /// Known tokens of its running sequences that are not computed: work it was promised by admission.
-    promised: u64,
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Waiting,
+    Running,
+    Suspended,
 }
 
 /// An output token weighs more than a prompt token: it is computed in a step of its own.
 const OUTPUT_TOKEN_COST: u64 = 2;
-/// One choice in so many goes to the sequence that came first, whatever its flow has used.
-const AGE_TURN: u64 = 8;
 /// Flows without work whose counters are kept. Forgetting one is a small gift to its tenant.
 const IDLE_FLOWS_MAX: usize = 1024;
+
+impl Place {
+    fn entry(self) -> Entry {
+        if self == Place::Suspended { Entry::Return } else { Entry::First }
+    }
+}
 
 impl Sequence {
     fn left(&self) -> usize {
@@ -133,7 +145,7 @@ impl Sequence {
 
     /// Tokens that may be computed now: without a grant, not the last.
     fn allowed(&self) -> usize {
-        if self.output < self.granted { self.left() } else { self.left() - 1 }
+        if self.output < self.granted { self.left() } else { self.left().saturating_sub(1) }
     }
 
     /// Tokens up to the next place where work must end.
@@ -141,11 +153,9 @@ impl Sequence {
         let next = self.stops.partition_point(|&stop| stop <= self.computed);
         self.stops.get(next).map_or(usize::MAX, |stop| stop - self.computed)
     }
-}
 
-impl Flow {
-    fn is_idle(&self) -> bool {
-        self.waiting.is_empty() && self.running == 0
+    fn decodes(&self) -> bool {
+        self.place == Place::Running && self.left() == 1 && self.allowed() == 1
     }
 }
 
@@ -153,17 +163,23 @@ impl Scheduler {
     pub fn new(limits: SchedulerLimits) -> Scheduler {
         assert!(limits.slots > 0 && limits.block_tokens > 0, "a scheduler has slots and a grid");
         assert!(limits.step_tokens_max > limits.slots, "decoding leaves room for prefill");
+        assert!(
+            limits.preempt_after_tokens > 0,
+            "who is suspended has got on, or two could displace each other for ever"
+        );
         Scheduler {
             limits,
             sequences: BTreeMap::new(),
             flows: BTreeMap::new(),
+            clock: Clock::default(),
             running: 0,
-            admissions: 0,
-            prefills: 0,
+            preemptions: 0,
             candidates: Vec::new(),
+            heads: Vec::new(),
         }
     }
 
+    /// Sequences without a slot, suspended ones included.
     pub fn waiting(&self) -> usize {
         self.sequences.len() - self.running
     }
@@ -172,9 +188,19 @@ impl Scheduler {
         self.running
     }
 
+    /// How often a sequence was suspended.
+    pub fn preemptions(&self) -> u64 {
+        self.preemptions
+    }
+
     /// Prompt tokens not yet computed, of all sequences.
     pub fn prompt_tokens_pending(&self) -> u64 {
-        let left = self.sequences.values().map(|s| if s.left() > 1 || !s.running { s.left() } else { 0 });
+        let left = self.sequences.values().map(|sequence| match sequence.place {
+            Place::Waiting => sequence.left(),
+            // The one token left of a sequence that decodes is no prompt.
+            Place::Running | Place::Suspended if sequence.left() == 1 => 0,
+            Place::Running | Place::Suspended => sequence.left(),
+        });
         left.sum::<usize>() as u64
     }
 
@@ -184,91 +210,30 @@ impl Scheduler {
         if self.waiting() >= self.limits.waiting_max {
             return Err(QueueFull { waiting: self.waiting() });
         }
+        self.forget_idle_flows();
         let key = (arrival.tenant, arrival.priority);
-        let start = self.forget_idle_flows();
-        let flow = self.flows.entry(key.clone()).or_default();
-        if flow.is_idle() {
-            flow.counter = flow.counter.max(start);
-        }
-        flow.waiting.push_back(arrival.id);
         let sequence = Sequence {
-            flow: key,
-            running: false,
+            flow: key.clone(),
+            place: Place::Waiting,
             known: arrival.known_tokens,
             computed: 0,
             output: arrival.output_tokens,
             granted: arrival.granted_tokens,
             stops: arrival.stops,
+            stint_tokens: 0,
+            yields: false,
         };
+        let flow = self.flows.entry(key).or_default();
+        flow.set_weight(arrival.priority, arrival.weight);
+        flow.members += 1;
+        // One that cannot compute anything needs no slot.
+        if sequence.allowed() > 0 {
+            flow.lift(&self.clock);
+            flow.queue.insert((Entry::First, arrival.id));
+        }
         let before = self.sequences.insert(arrival.id, sequence);
         debug_assert!(before.is_none(), "ids are unique");
         Ok(())
-    }
-
-    /// Moves waiting sequences into free slots. `has_room` takes memory for one, or says that there is none now; the
-    /// first refusal ends the round, lest small sequences overtake a large one for ever.
-    pub fn admit(&mut self, mut has_room: impl FnMut(SequenceId) -> bool) {
-        while self.running < self.limits.slots {
-            let by_age = self.admissions % AGE_TURN == AGE_TURN - 1;
-            let heads = self.flows.iter().filter_map(|(key, flow)| {
-                let head = *flow.waiting.front()?;
-                Some((if by_age { 0 } else { flow.counter + flow.promised * key.1.cost() }, head))
-            });
-            let Some((_, id)) = heads.min() else { return };
-            if !has_room(id) {
-                return;
-            }
-            let sequence = self.sequences.get_mut(&id).expect("a waiting sequence is known");
-            let flow = self.flows.get_mut(&sequence.flow).expect("a sequence's flow is kept");
-            flow.waiting.pop_front();
-            flow.running += 1;
-            flow.promised += sequence.left() as u64;
-            sequence.running = true;
-            self.running += 1;
-            self.admissions += 1;
-        }
-    }
-
-    /// An admitted sequence starts with its first `tokens` known from a cache: they are work for nobody. At least one token is
-    /// left, because the next is sampled from it.
-    pub fn restored(&mut self, id: SequenceId, tokens: usize) {
-        let sequence = self.sequences.get_mut(&id).expect("an admitted sequence is known");
-        debug_assert!(sequence.running && sequence.computed == 0 && tokens < sequence.known);
-        sequence.computed = tokens;
-        let flow = self.flows.get_mut(&sequence.flow).expect("a sequence's flow is kept");
-        flow.promised -= tokens as u64;
-    }
-
-    /// Fills `batch` with the next step, and takes it for computed.
-    pub fn schedule(&mut self, batch: &mut Vec<Work>) {
-        batch.clear();
-        self.candidates.clear();
-        let mut budget = self.limits.step_tokens_max;
-        for (&id, sequence) in self.sequences.iter_mut().filter(|(_, s)| s.running && s.allowed() > 0) {
-            let flow = self.flows.get_mut(&sequence.flow).expect("a sequence's flow is kept");
-            if sequence.left() == 1 {
-                batch.push(take(id, sequence, flow, 1));
-                budget -= 1;
-            } else {
-                self.candidates.push((flow.counter, id));
-            }
-        }
-        self.candidates.sort_unstable();
-        if self.prefills % AGE_TURN == AGE_TURN - 1
-            && let Some(oldest) = (0..self.candidates.len()).min_by_key(|&at| self.candidates[at].1)
-        {
-            self.candidates[..=oldest].rotate_right(1);
-        }
-        self.prefills += u64::from(!self.candidates.is_empty());
-        for (turn, &(_, id)) in self.candidates.iter().enumerate() {
-            let sequence = self.sequences.get_mut(&id).expect("a candidate is known");
-            let flow = self.flows.get_mut(&sequence.flow).expect("a sequence's flow is kept");
-            let tokens = chunk(sequence, budget, self.limits.block_tokens, turn == 0);
-            if tokens > 0 {
-                batch.push(take(id, sequence, flow, tokens));
-                budget -= tokens;
-            }
-        }
     }
 
     /// The last step sampled a token for `id`, and it goes on.
@@ -278,74 +243,59 @@ impl Scheduler {
         sequence.known += 1;
         sequence.output += 1;
         let flow = self.flows.get_mut(&sequence.flow).expect("a sequence's flow is kept");
+        flow.charge(&mut self.clock, OUTPUT_TOKEN_COST);
         flow.promised += 1;
-        flow.counter += OUTPUT_TOKEN_COST * sequence.flow.1.cost();
     }
 
     /// Raises what `id` may generate in total; a lower number than before changes nothing.
     pub fn grant(&mut self, id: SequenceId, output_tokens: u64) {
-        if let Some(sequence) = self.sequences.get_mut(&id) {
-            sequence.granted = sequence.granted.max(output_tokens);
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        let was_stuck = sequence.allowed() == 0;
+        sequence.granted = sequence.granted.max(output_tokens);
+        if was_stuck && sequence.allowed() > 0 {
+            sequence.yields = false;
+            if sequence.place != Place::Running {
+                let flow = self.flows.get_mut(&sequence.flow).expect("a sequence's flow is kept");
+                flow.lift(&self.clock);
+                flow.queue.insert((sequence.place.entry(), id));
+            }
         }
     }
 
-    /// Whether `id` holds a slot and cannot go on without a grant.
+    /// Whether `id` cannot go on without a grant.
     pub fn lacks_grant(&self, id: SequenceId) -> bool {
-        self.sequences.get(&id).is_some_and(|s| s.running && s.left() > 0 && s.allowed() == 0)
+        self.sequences.get(&id).is_some_and(|s| s.left() > 0 && s.allowed() == 0)
+    }
+
+    /// `id` has waited long enough for its grant: from now until it gets one, its slot is anybody's who needs it.
+    pub fn yields(&mut self, id: SequenceId) {
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.yields = sequence.place == Place::Running && sequence.allowed() == 0;
+        }
     }
 
     /// Forgets a sequence, wherever it stands.
     pub fn remove(&mut self, id: SequenceId) {
         let Some(sequence) = self.sequences.remove(&id) else { return };
         let flow = self.flows.get_mut(&sequence.flow).expect("a sequence's flow is kept");
-        if sequence.running {
+        flow.members -= 1;
+        if sequence.place == Place::Running {
             flow.running -= 1;
             flow.promised -= sequence.left() as u64;
             self.running -= 1;
         } else {
-            flow.waiting.retain(|&waiting| waiting != id);
+            flow.queue.remove(&(sequence.place.entry(), id));
         }
     }
 
-    /// Drops the counters that need no keeping, because a returning flow would start beyond them anyway. Answers with
-    /// that start: the counter of the busy flow that is furthest behind.
-    fn forget_idle_flows(&mut self) -> u64 {
-        let busy = self.flows.values().filter(|flow| !flow.is_idle());
-        let Some(start) = busy.map(|flow| flow.counter).min() else {
-            self.flows.clear();
-            return 0;
-        };
-        self.flows.retain(|_, flow| !flow.is_idle() || flow.counter > start);
+    /// Drops the counters that need no keeping, because a returning flow would start beyond them anyway.
+    fn forget_idle_flows(&mut self) {
+        let now = self.clock.now;
+        let nobody_is_here = self.sequences.is_empty();
+        self.flows.retain(|_, flow| !flow.is_idle() || flow.counter > now && !nobody_is_here);
         if self.flows.len() > IDLE_FLOWS_MAX + self.sequences.len() {
             self.flows.retain(|_, flow| !flow.is_idle());
         }
-        start
-    }
-}
-
-fn take(id: SequenceId, sequence: &mut Sequence, flow: &mut Flow, tokens: usize) -> Work {
-    let work = Work { id, from: sequence.computed, tokens, samples: tokens == sequence.left() };
-    sequence.computed += tokens;
-    flow.promised -= tokens as u64;
-    flow.counter += tokens as u64 * sequence.flow.1.cost();
-    work
-}
-
-/// How many tokens of a prompt go into a step with `budget` left. Only the first in turn may end off the grid for want
-/// of budget: it must get on, the others can wait for a whole block.
-fn chunk(sequence: &Sequence, budget: usize, block: usize, first: bool) -> usize {
-    let allowed = sequence.allowed().min(sequence.until_stop());
-    if allowed <= budget {
-        return allowed;
-    }
-    let end = sequence.computed + budget;
-    let on_grid = end - end % block;
-    if on_grid > sequence.computed {
-        on_grid - sequence.computed
-    } else if first {
-        budget
-    } else {
-        0
     }
 }
 

@@ -42,6 +42,7 @@ const STOP_STRINGS_MAX: usize = 16;
 const STOP_STRING_BYTES_MAX: usize = 1 << 10;
 const STOP_IDS_MAX: usize = 64;
 const TENANT_BYTES_MAX: usize = 256;
+const TENANT_WEIGHT_MAX: u32 = 1000;
 /// How long a stream may stay open without a `start`.
 const START_WAIT_MAX: Duration = Duration::from_secs(10);
 /// Streams beside the sequences that run or wait: Tokenize, GetLoad, health.
@@ -177,6 +178,9 @@ impl Service {
         if start.tenant.len() > TENANT_BYTES_MAX {
             return Err(invalid("tenant", &format!("is longer than {TENANT_BYTES_MAX} bytes")));
         }
+        if start.tenant_weight > TENANT_WEIGHT_MAX {
+            return Err(invalid("tenant_weight", &format!("must be at most {TENANT_WEIGHT_MAX}")));
+        }
         let sampling = start.sampling.unwrap_or_default();
         let sampling = Sampling::new(sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed)
             .map_err(|error| invalid(&format!("sampling.{}", error.field()), &error.to_string()))?;
@@ -196,6 +200,7 @@ impl Service {
             stop_ids: start.stop_ids,
             ignore_end_of_sequence: start.ignore_end_of_sequence,
             tenant: start.tenant.into(),
+            tenant_weight: start.tenant_weight.max(1),
             priority,
             deadline,
         })

@@ -232,6 +232,7 @@ pub(super) fn submission(node: &Node, prompt_tokens: usize, new_tokens: usize, i
         stop_ids: Vec::new(),
         ignore_end_of_sequence: true,
         tenant: format!("bench-{index}").into(),
+        tenant_weight: 1,
         priority: Priority::Normal,
         deadline: None,
     }

@@ -165,6 +165,7 @@ fn submission(node: &Node, args: &Args) -> anyhow::Result<Submission> {
         stop_ids: Vec::new(),
         ignore_end_of_sequence: args.ignore_eos,
         tenant: "".into(),
+        tenant_weight: 1,
         priority: Priority::Normal,
         deadline: None,
     })

@@ -146,6 +146,7 @@ impl Engine {
         self.scheduler.enqueue(Arrival {
             id,
             tenant: sequence.tenant.clone(),
+            weight: sequence.tenant_weight,
             priority: sequence.priority,
             known_tokens: sequence.tokens.len(),
             output_tokens: sequence.output_tokens() as u64,
@@ -196,7 +197,6 @@ impl Engine {
             counter.fetch_add(1, Ordering::Relaxed);
             if tokens > 0 {
                 self.odometer.cached_tokens_total.fetch_add(tokens as u64, Ordering::Relaxed);
-                self.scheduler.restored(id, tokens);
                 self.will_not_make(id, tokens);
             }
         }

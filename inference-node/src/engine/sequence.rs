@@ -6,7 +6,7 @@ use super::mailbox::{Ending, Outlet, Usage};
 use crate::detokenizer::Detokenizer;
 use crate::sampler::Sampling;
 use crate::scheduler::Priority;
-use crate::state::Slot;
+use crate::state::{Slot, Suspended};
 use crate::tokenizer::Tokenizer;
 use std::sync::Arc;
 use std::time::Instant;
@@ -15,12 +15,14 @@ pub(super) struct Sequence {
     /// Prompt, then output.
     pub tokens: Vec<u32>,
     pub tenant: Arc<str>,
+    pub tenant_weight: u32,
     pub priority: Priority,
     pub sampling: Sampling,
     pub deadline: Option<Instant>,
     pub slot: Option<Slot>,
-    pub admitted_at: Option<Instant>,
-    /// Since when it holds its slot without a grant.
+    /// Its state while others have its slot.
+    pub suspended: Option<Suspended>,
+    /// Since when it cannot go on without a grant.
     pub idle_since: Option<Instant>,
     /// What the scheduler was last told.
     pub granted_tokens: u64,
@@ -53,11 +55,12 @@ impl Sequence {
             resumed_tokens: submission.resume_ids.len(),
             tokens: submission.prompt_ids,
             tenant: submission.tenant,
+            tenant_weight: submission.tenant_weight,
             priority: submission.priority,
             sampling: submission.sampling,
             deadline: submission.deadline,
             slot: None,
-            admitted_at: None,
+            suspended: None,
             idle_since: None,
             granted_tokens: submission.grant.output_tokens,
             computed: 0,
@@ -97,6 +100,15 @@ impl Sequence {
 
     pub fn output_tokens(&self) -> usize {
         self.tokens.len() - self.prompt_tokens
+    }
+
+    pub fn output_tokens_left_max(&self) -> usize {
+        self.output_tokens_max - self.output_tokens()
+    }
+
+    /// Whether it never had a slot.
+    pub fn is_new(&self) -> bool {
+        self.slot.is_none() && self.suspended.is_none()
     }
 
     /// The longest it can get.

@@ -44,6 +44,14 @@ pub struct Slot {
     index: usize,
 }
 
+/// A sequence's state out of its slot. Give it back with [`StateCache::restore`] or [`StateCache::discard`].
+#[must_use = "what is dropped stays counted as suspended: discard it"]
+pub struct Suspended {
+    sequence: Sequence,
+    pages_reserved: usize,
+    bytes: u64,
+}
+
 /// State of all sequences, bounded by [`CacheLimits`]; memory is taken when a slot or page is first used and kept for reuse.
 pub struct StateCache {
     shape: StateShape,
@@ -54,6 +62,8 @@ pub struct StateCache {
     pages_reserved: usize,
     /// Pages that sequences hold, shared ones counted for each.
     pages_held: usize,
+    suspended_bytes: u64,
+    suspended_bytes_max: u64,
 }
 
 /// What one sequence needs.
@@ -136,6 +146,12 @@ impl DerefMut for PageFloats {
     }
 }
 
+impl std::fmt::Debug for Suspended {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Suspended {{ position: {}, bytes: {} }}", self.sequence.position, self.bytes)
+    }
+}
+
 impl StateCache {
     pub fn new(config: &ModelConfig, limits: CacheLimits) -> StateCache {
         StateCache {
@@ -146,12 +162,27 @@ impl StateCache {
             free_pages: Vec::new(),
             pages_reserved: 0,
             pages_held: 0,
+            suspended_bytes: 0,
+            suspended_bytes_max: 0,
         }
+    }
+
+    /// Lets suspended sequences hold memory beside that of the slots; without it nobody can be suspended.
+    pub fn with_suspended_bytes_max(self, suspended_bytes_max: u64) -> StateCache {
+        StateCache { suspended_bytes_max, ..self }
     }
 
     /// Room for a sequence of up to `tokens_max` tokens, or `None` while there is none.
     pub fn acquire(&mut self, tokens_max: usize) -> Option<Slot> {
-        let pages = self.shape.pages_for(tokens_max);
+        let index = self.reserve(self.shape.pages_for(tokens_max))?;
+        match &mut self.slots[index].sequence {
+            Some(sequence) => sequence.clear(),
+            empty => *empty = Some(Sequence::new(self.shape)),
+        }
+        Some(Slot { index })
+    }
+
+    fn reserve(&mut self, pages: usize) -> Option<usize> {
         if self.pages_reserved + pages > self.pages_max() {
             return None;
         }
@@ -164,13 +195,61 @@ impl StateCache {
             None => return None,
         };
         self.pages_reserved += pages;
-        let slot = &mut self.slots[index];
-        slot.pages_reserved = pages;
-        match &mut slot.sequence {
-            Some(sequence) => sequence.clear(),
-            None => slot.sequence = Some(Sequence::new(self.shape)),
-        }
-        Some(Slot { index })
+        self.slots[index].pages_reserved = pages;
+        Some(index)
+    }
+
+    /// Moves a sequence's state out, so that its slot and pages are free for others. Nothing is copied.
+    pub fn suspend(&mut self, slot: Slot) -> Suspended {
+        let bytes = self.held_bytes(&slot);
+        let state = &mut self.slots[slot.index];
+        let pages_reserved = std::mem::take(&mut state.pages_reserved);
+        let sequence = state.sequence.take().expect("a slot is suspended between forward passes");
+        self.pages_held -= sequence.pages.len();
+        self.pages_reserved -= pages_reserved;
+        self.suspended_bytes += bytes;
+        self.free_slots.push(slot.index);
+        Suspended { sequence, pages_reserved, bytes }
+    }
+
+    /// Moves the state back into a slot, with the room it had; gives it back while there is none.
+    pub fn restore(&mut self, suspended: Suspended) -> Result<Slot, Suspended> {
+        let Some(index) = self.reserve(suspended.pages_reserved) else { return Err(suspended) };
+        self.suspended_bytes -= suspended.bytes;
+        self.pages_held += suspended.sequence.pages.len();
+        self.slots[index].sequence = Some(suspended.sequence);
+        // Its pages come on top of those made while it was away.
+        self.trim();
+        Ok(Slot { index })
+    }
+
+    pub fn discard(&mut self, suspended: Suspended) {
+        self.suspended_bytes -= suspended.bytes;
+    }
+
+    /// Whether a new sequence of `tokens_max` could enter, once those in `leaving` were suspended.
+    pub fn could_acquire(&self, tokens_max: usize, leaving: &[&Slot]) -> bool {
+        self.could_reserve(self.shape.pages_for(tokens_max), 0, leaving)
+    }
+
+    /// Whether `suspended` could enter, once those in `leaving` were suspended instead.
+    pub fn could_restore(&self, suspended: &Suspended, leaving: &[&Slot]) -> bool {
+        self.could_reserve(suspended.pages_reserved, suspended.bytes, leaving)
+    }
+
+    fn could_reserve(&self, pages: usize, bytes_returned: u64, leaving: &[&Slot]) -> bool {
+        let taken_slots = self.slots.len() - self.free_slots.len() - leaving.len();
+        let pages_left: usize = leaving.iter().map(|slot| self.slots[slot.index].pages_reserved).sum();
+        let bytes_left: u64 = leaving.iter().map(|slot| self.held_bytes(slot)).sum();
+        taken_slots < self.limits.slots
+            && self.pages_reserved - pages_left + pages <= self.pages_max()
+            && self.suspended_bytes - bytes_returned + bytes_left <= self.suspended_bytes_max
+    }
+
+    fn held_bytes(&self, slot: &Slot) -> u64 {
+        let sequence = self.slots[slot.index].sequence.as_ref();
+        let pages = sequence.expect("a slot is read between forward passes").pages.len();
+        self.shape.sequence_bytes() + (pages * BLOCK_TOKENS) as u64 * self.shape.token_bytes()
     }
 
     pub fn release(&mut self, slot: Slot) {
@@ -368,6 +447,45 @@ pub(crate) mod tests {
         assert!(sequence.linear[0].state.iter().all(|&x| x == 0.0), "a new sequence starts from nothing");
         assert_eq!(cache.free_pages.len(), 1);
         cache.put(&slot, sequence);
+        cache.release(slot);
+    }
+
+    #[test]
+    fn a_suspended_sequence_makes_room_and_comes_back_as_it_was() {
+        let mut cache = cache(1, 2 * BLOCK_TOKENS);
+        let slot = cache.acquire(2 * BLOCK_TOKENS).expect("room");
+        let mut sequence = cache.take(&slot, BLOCK_TOKENS + 1);
+        sequence.position = BLOCK_TOKENS + 1;
+        (sequence.linear[0].state[7], sequence.pages[1].0[3]) = (1.5, 2.5);
+        cache.put(&slot, sequence);
+
+        let bytes = cache.shape.sequence_bytes() + 2 * BLOCK_TOKENS as u64 * cache.shape.token_bytes();
+        cache.suspended_bytes_max = bytes - 1;
+        assert!(!cache.could_acquire(1, &[&slot]), "it could not be kept");
+        cache.suspended_bytes_max = bytes;
+        assert!(!cache.could_acquire(1, &[]) && cache.could_acquire(1, &[&slot]));
+        let suspended = cache.suspend(slot);
+        assert_eq!(cache.suspended_bytes, bytes);
+
+        let other = cache.acquire(2 * BLOCK_TOKENS).expect("all of the room");
+        let sequence = cache.take(&other, 2 * BLOCK_TOKENS);
+        cache.put(&other, sequence);
+        let suspended = cache.restore(suspended).expect_err("no slot");
+        assert!(!cache.could_restore(&suspended, &[]) && cache.could_restore(&suspended, &[&other]));
+        cache.release(other);
+        assert!(cache.could_restore(&suspended, &[]));
+        let slot = cache.restore(suspended).expect("the other one's room");
+        assert_eq!((cache.suspended_bytes, cache.position(&slot)), (0, BLOCK_TOKENS + 1));
+        assert!(cache.free_pages.is_empty(), "no more pages are kept than the limit allows");
+        let sequence = cache.take(&slot, 1);
+        assert_eq!((sequence.linear[0].state[7], sequence.pages[1].0[3]), (1.5, 2.5));
+        cache.put(&slot, sequence);
+
+        let suspended = cache.suspend(slot);
+        cache.discard(suspended);
+        assert_eq!(cache.suspended_bytes, 0);
+        let slot = cache.acquire(1).expect("room");
+        assert_eq!(cache.position(&slot), 0);
         cache.release(slot);
     }
 

@@ -190,6 +190,9 @@ pub struct Start {
     pub tenant: ::prost::alloc::string::String,
     #[prost(enumeration = "Priority", tag = "12")]
     pub priority: i32,
+    /// The tenant's share of the node against that of others, 1 to 1000; 0 means 1. The latest one counts.
+    #[prost(uint32, tag = "30")]
+    pub tenant_weight: u32,
 }
 /// How many output tokens the sequence may generate in total. A sequence at its grant is skipped until it is
 /// raised. Cumulative, so a repeated or reordered grant does no harm: the largest counts.
@@ -314,8 +317,9 @@ pub enum FinishReason {
     Cancelled = 3,
     /// The final grant is used up.
     GrantExhausted = 4,
-    /// No grant came for longer than the node holds a slot for an idle sequence.
+    /// No grant came for longer than the node keeps an idle sequence.
     GrantTimeout = 5,
+    /// The call's deadline has passed, or will have before the first token could be computed.
     Deadline = 6,
 }
 impl FinishReason {
