@@ -62,6 +62,11 @@ pub struct EmbeddedNode {
     pub slots: Option<usize>,
     /// Sequences that may wait for a slot before new ones are refused.
     pub waiting_max: Option<usize>,
+    /// Memory for what prompts have in common; 0 turns the cache off.
+    pub cache_ram_bytes: Option<u64>,
+    /// Folder in which ended conversations outlast a restart; absent: memory only.
+    pub cache_dir: Option<PathBuf>,
+    pub cache_disk_bytes: Option<u64>,
 }
 
 impl Config {

@@ -11,6 +11,7 @@
 //! | `sluice_outbox_backlog_events`, `sluice_outbox_oldest_age_seconds` | |
 //! | `sluice_outbox_commits_total`, `sluice_outbox_commit_seconds_total` | |
 //! | `sluice_node_up`, `sluice_node_sequences`, `sluice_node_{prompt,cached,output}_tokens_total` | node |
+//! | `sluice_node_cache_{hits,misses,evictions}_total` | node |
 
 use std::{sync::Arc, time::Duration};
 
@@ -242,10 +243,17 @@ impl Metrics {
                 }
             })
             .build();
-        let odometer: [(&'static str, &'static str, ReadLoad); 3] = [
+        let odometer: [(&'static str, &'static str, ReadLoad); 6] = [
             ("sluice_node_prompt_tokens", "Prompt tokens computed", |seen| seen.load.prompt_tokens_total),
             ("sluice_node_cached_tokens", "Prompt tokens restored", |seen| seen.load.cached_tokens_total),
             ("sluice_node_output_tokens", "Tokens sampled", |seen| seen.load.output_tokens_total),
+            ("sluice_node_cache_hits", "Sequences that started from a checkpoint", |seen| {
+                seen.load.cache_hits_total
+            }),
+            ("sluice_node_cache_misses", "Sequences that did not", |seen| seen.load.cache_misses_total),
+            ("sluice_node_cache_evictions", "Checkpoints that left memory", |seen| {
+                seen.load.cache_evictions_total
+            }),
         ];
         for (name, description, read) in odometer {
             let all = nodes.clone();

@@ -10,11 +10,13 @@
 //! Clients reach it through an [`EngineHandle`]; each sequence has a [`Mailbox`] for what follows. Dropping an
 //! [`Answer`] cancels its sequence before the next step.
 
+mod caching;
 pub mod mailbox;
 mod pace;
 mod room;
 mod sequence;
 
+use self::caching::Caching;
 use self::mailbox::{Delivery, Ending, Grant, Mailbox, Outlet};
 use self::pace::Pace;
 use self::room::CacheRoom;
@@ -22,7 +24,10 @@ use self::sequence::Sequence;
 use crate::constraint::{Masks, Plan};
 use crate::model::{Cost, Logits, Model, Runner, Span};
 use crate::sampler::{Sampler, Sampling};
-use crate::scheduler::{Arrival, Priority, Scheduler, SchedulerLimits, SequenceId, Work};
+use crate::scheduler::{Priority, Scheduler, SchedulerLimits, SequenceId, Work};
+use crate::state::chain::{Chain, Identity};
+use crate::state::disk::{Flusher, FolderError};
+use crate::state::prefixes::{PrefixCache, PrefixLimits};
 use crate::state::{BLOCK_TOKENS, CacheLimits, StateCache};
 use crate::tokenizer::Tokenizer;
 use std::collections::BTreeMap;
@@ -42,6 +47,7 @@ pub struct EngineLimits {
     pub cache_tokens: usize,
     /// How long a sequence is kept without a grant.
     pub grant_idle: Duration,
+    pub prefixes: PrefixLimits,
     /// How long it keeps its slot from others meanwhile.
     pub grant_patience: Duration,
     pub suspended_bytes_max: u64,
@@ -128,6 +134,15 @@ pub struct Odometer {
     pub preemptions_total: AtomicU64,
     /// How long an arrival would wait for its turn.
     pub expected_wait_ms: AtomicU64,
+    /// Sequences that started from a checkpoint, and that did not.
+    pub cache_hits_total: AtomicU64,
+    pub cache_misses_total: AtomicU64,
+    /// Checkpoints that left memory for want of room.
+    pub cache_evictions_total: AtomicU64,
+    /// Bytes of checkpoints, and of running sequences with what is kept for the next ones.
+    pub cache_ram_bytes: AtomicU64,
+    pub cache_disk_bytes: AtomicU64,
+    pub state_bytes: AtomicU64,
     /// The least that the steps had to move and compute: see [`Cost`].
     pub weight_bytes_total: AtomicU64,
     pub state_bytes_total: AtomicU64,
@@ -145,6 +160,15 @@ impl Odometer {
     }
 }
 
+/// Why an engine does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    #[error("the engine thread cannot start: {0}")]
+    Thread(std::io::Error),
+    #[error("--cache-dir: {0}")]
+    CacheDir(#[from] FolderError),
+}
+
 /// The way to a running engine. The engine stops when the last one is dropped.
 #[derive(Clone)]
 pub struct EngineHandle(Arc<Door>);
@@ -154,10 +178,15 @@ struct Door {
     submissions: Option<SyncSender<Submitted>>,
     thread: JoinHandle<()>,
     odometer: Arc<Odometer>,
+    /// `None` where nothing is cached.
+    identity: Option<Identity>,
+    flusher: Flusher,
 }
 
 struct Submitted {
     submission: Submission,
+    /// Names the blocks of the prompt: hashed by whoever sends it, not by the engine.
+    chain: Chain,
     mailbox: Arc<Mailbox>,
     taken: oneshot::Sender<Result<(), Refusal>>,
 }
@@ -172,15 +201,19 @@ impl EngineHandle {
         let answer = Answer { remote: Remote { mailbox: mailbox.clone(), door: self.0.clone() } };
         let (taken, outcome) = oneshot::channel();
         let submissions = self.0.submissions.as_ref().expect("the door is open while a handle exists");
-        submissions.try_send(Submitted { submission, mailbox, taken }).map_err(|error| match error {
-            TrySendError::Full(_) => Refusal::QueueFull {
-                waiting: self.odometer().sequences_waiting.load(Ordering::Relaxed) as usize,
-                retry_after: retry_after(Duration::from_millis(
-                    self.odometer().expected_wait_ms.load(Ordering::Relaxed),
-                )),
+        let root = self.0.identity.as_ref().map(|identity| identity.root(&submission.tenant));
+        let chain = root.map(|root| Chain::new(root, &submission.prompt_ids)).unwrap_or_default();
+        submissions.try_send(Submitted { submission, chain, mailbox, taken }).map_err(
+            |error| match error {
+                TrySendError::Full(_) => Refusal::QueueFull {
+                    waiting: self.odometer().sequences_waiting.load(Ordering::Relaxed) as usize,
+                    retry_after: retry_after(Duration::from_millis(
+                        self.odometer().expected_wait_ms.load(Ordering::Relaxed),
+                    )),
+                },
+                TrySendError::Disconnected(_) => Refusal::Stopped,
             },
-            TrySendError::Disconnected(_) => Refusal::Stopped,
-        })?;
+        )?;
         self.0.wake();
         outcome.await.unwrap_or(Err(Refusal::Stopped))?;
         Ok(answer)
@@ -188,6 +221,14 @@ impl EngineHandle {
 
     pub fn odometer(&self) -> &Odometer {
         &self.0.odometer
+    }
+
+    /// Waits until what ended sequences left is on disk, where there is a disk tier.
+    ///
+    /// # Cancel safety
+    /// It is written all the same.
+    pub async fn flush_cache(&self) {
+        self.0.flusher.flush().await;
     }
 
     /// Whether the engine thread still runs. It ends before its handles only by a bug.
@@ -270,10 +311,10 @@ pub fn start(
     tokenizer: Arc<Tokenizer>,
     end_of_sequence: Vec<u32>,
     limits: EngineLimits,
-) -> std::io::Result<EngineHandle> {
+) -> Result<EngineHandle, EngineError> {
     let (submissions, arrivals) = sync_channel(limits.slots + limits.waiting_max);
     let odometer = Arc::new(Odometer::default());
-    let masks = Masks::start(limits.mask_threads, limits.slots)?;
+    let masks = Masks::start(limits.mask_threads, limits.slots).map_err(EngineError::Thread)?;
     let scheduler = Scheduler::new(SchedulerLimits {
         slots: limits.slots,
         waiting_max: limits.waiting_max,
@@ -283,9 +324,19 @@ pub fn start(
         preempt_lag_tokens: limits.preempt_lag_tokens,
     });
     let cache_limits = CacheLimits { slots: limits.slots, tokens: limits.cache_tokens };
+    let cache =
+        StateCache::new(model.config(), cache_limits).with_suspended_bytes_max(limits.suspended_bytes_max);
+    let identity = Identity {
+        model: model.content_hash().to_owned(),
+        kernel: model.kernel_name().to_owned(),
+        dtype: model.dtype().name().to_owned(),
+    };
+    let prefixes = PrefixCache::start(limits.prefixes.clone(), identity.clone(), cache.shape())?;
+    let flusher = prefixes.flusher();
+    let identity = (limits.prefixes.ram_bytes > 0).then_some(identity);
     let engine = Engine {
-        cache: StateCache::new(model.config(), cache_limits)
-            .with_suspended_bytes_max(limits.suspended_bytes_max),
+        cache,
+        caching: Caching::new(prefixes),
         pace: Pace::new(model.config(), model.active_parameters(), limits.mixed_step_ratio),
         vocab_size: model.config().vocab_size,
         runner: Runner::new(model, limits.threads),
@@ -306,8 +357,8 @@ pub fn start(
     };
     // It follows grammars, which may be deep.
     let thread = std::thread::Builder::new().name("engine".to_owned()).stack_size(ENGINE_STACK_BYTES);
-    let thread = thread.spawn(move || engine.run())?;
-    Ok(EngineHandle(Arc::new(Door { submissions: Some(submissions), thread, odometer })))
+    let thread = thread.spawn(move || engine.run()).map_err(EngineError::Thread)?;
+    Ok(EngineHandle(Arc::new(Door { submissions: Some(submissions), thread, odometer, identity, flusher })))
 }
 
 struct Engine {
@@ -320,6 +371,7 @@ struct Engine {
     scheduler: Scheduler,
     runner: Runner,
     cache: StateCache,
+    caching: Caching,
     sampler: Sampler,
     masks: Masks,
     sequences: BTreeMap<SequenceId, Sequence>,
@@ -334,6 +386,7 @@ struct Engine {
 
 impl Engine {
     fn run(mut self) {
+        self.caching.prefixes.wake_me();
         while self.door_is_open || !self.sequences.is_empty() {
             let rest = self.step();
             self.publish();
@@ -350,8 +403,10 @@ impl Engine {
     fn step(&mut self) -> Rest {
         // Whoever cancelled before a newcomer was submitted makes room for it.
         let arrivals = self.receive();
-        let alarm = self.read_mailboxes(Instant::now());
+        let now = Instant::now();
+        let alarm = self.read_mailboxes(now);
         self.end_sequences();
+        self.release_held(now);
         let somebody_arrived = !arrivals.is_empty();
         arrivals.into_iter().for_each(|submitted| self.take(submitted));
         self.admit();
@@ -363,7 +418,7 @@ impl Engine {
             self.pace.observe(&self.batch, started_at.elapsed());
             return Rest::None;
         }
-        match alarm {
+        match alarm.into_iter().chain(self.caching.alarm()).min() {
             _ if somebody_arrived || !self.door_is_open => Rest::None,
             Some(moment) => Rest::Until(moment),
             None => Rest::UntilCalled,
@@ -387,46 +442,36 @@ impl Engine {
     }
 
     fn take(&mut self, submitted: Submitted) {
-        let Submitted { submission, mailbox, taken } = submitted;
+        let Submitted { submission, chain, mailbox, taken } = submitted;
         // Whoever waits while slots are free is not in the queue that has a limit.
         self.admit();
-        let outcome = self.enqueue(submission, Outlet::new(mailbox));
+        let outcome = self.enqueue(submission, chain, Outlet::new(mailbox));
         // A client that no longer listens has cancelled.
         let _ = taken.send(outcome);
     }
 
-    fn enqueue(&mut self, submission: Submission, outlet: Outlet) -> Result<(), Refusal> {
+    fn enqueue(&mut self, submission: Submission, chain: Chain, outlet: Outlet) -> Result<(), Refusal> {
         let tokens = submission.prompt_ids.len() + submission.output_tokens_max;
         if !self.cache.fits(tokens) {
             return Err(Refusal::TooLarge { tokens });
         }
-        let (tenant, weight) = (submission.tenant.clone(), submission.tenant_weight);
-        let priority = submission.priority;
         // Whoever hung up while waiting at the door costs nobody a step.
         let cancelled = outlet.mailbox().is_cancelled().then_some(Ending::Cancelled);
-        let (sequence, ended) = Sequence::new(submission, &self.end_of_sequence, outlet, &self.tokenizer);
+        let (mut sequence, ended) = Sequence::new(submission, &self.end_of_sequence, outlet, &self.tokenizer);
         if let Some(ending) = ended.or(cancelled) {
             // What text there is was sent by the node that generated it.
             sequence.end_silently(ending);
             return Ok(());
         }
+        sequence.prefix = self.prefix(chain, &sequence.tokens);
         let id = SequenceId(self.next_id);
-        let arrival = Arrival {
-            id,
-            tenant,
-            weight,
-            priority,
-            known_tokens: sequence.tokens.len(),
-            output_tokens: sequence.output_tokens() as u64,
-            granted_tokens: sequence.granted_tokens,
-            stops: Arc::new([]),
-        };
-        self.scheduler.enqueue(arrival).map_err(|full| Refusal::QueueFull {
-            waiting: full.waiting,
-            retry_after: retry_after(self.expected_wait()),
-        })?;
-        self.next_id += 1;
         self.sequences.insert(id, sequence);
+        if let Err(full) = self.place(id) {
+            self.sequences.remove(&id);
+            let retry_after = retry_after(self.expected_wait());
+            return Err(Refusal::QueueFull { waiting: full.waiting, retry_after });
+        }
+        self.next_id += 1;
         Ok(())
     }
 
@@ -480,6 +525,9 @@ impl Engine {
     fn retire(&mut self, id: SequenceId, end: impl FnOnce(Sequence) -> Option<crate::state::Slot>) {
         let mut sequence = self.sequences.remove(&id).expect("a sequence ends once");
         self.scheduler.remove(id);
+        self.forget(id, &sequence.prefix);
+        // Before its client learns of the end: whoever then flushes the cache flushes this too.
+        self.park(&mut sequence);
         self.pace.ended(sequence.output_tokens());
         if let Some(suspended) = sequence.suspended.take() {
             self.cache.discard(suspended);
@@ -490,8 +538,15 @@ impl Engine {
     }
 
     fn admit(&mut self) {
-        let mut room = CacheRoom { sequences: &mut self.sequences, cache: &mut self.cache };
+        let mut room = CacheRoom {
+            sequences: &mut self.sequences,
+            cache: &mut self.cache,
+            caching: &mut self.caching,
+            admitted: Vec::new(),
+        };
         self.scheduler.admit(&mut room);
+        let admitted = room.admitted;
+        self.restored(admitted);
     }
 
     /// Runs the batch through the model, then samples.
@@ -530,6 +585,7 @@ impl Engine {
                 Some(ending) => retired.push((work.id, sampled, self.text.clone(), ending)),
             }
         }
+        self.keep_checkpoints();
         for (id, sampled, text, ending) in retired {
             self.retire(id, |sequence| sequence.end_after(sampled, &text, ending));
         }
@@ -557,8 +613,13 @@ impl Engine {
     fn publish(&self) {
         let set = |gauge: &AtomicU64, value: u64| gauge.store(value, Ordering::Relaxed);
         set(&self.odometer.sequences_running, self.scheduler.running() as u64);
-        set(&self.odometer.sequences_waiting, self.scheduler.waiting() as u64);
+        set(&self.odometer.sequences_waiting, (self.scheduler.waiting() + self.caching.held()) as u64);
         set(&self.odometer.prompt_tokens_pending, self.scheduler.prompt_tokens_pending());
+        let prefixes = self.caching.prefixes.stats();
+        set(&self.odometer.cache_evictions_total, prefixes.evictions);
+        set(&self.odometer.cache_ram_bytes, prefixes.ram_bytes);
+        set(&self.odometer.cache_disk_bytes, prefixes.disk_bytes);
+        set(&self.odometer.state_bytes, self.cache.bytes());
         let cost = self.runner.cost();
         set(&self.odometer.weight_bytes_total, cost.weight_bytes);
         set(&self.odometer.state_bytes_total, cost.state_bytes);
@@ -597,3 +658,7 @@ fn span<'a>(sequences: &'a BTreeMap<SequenceId, Sequence>, work: &Work) -> Span<
 #[cfg(test)]
 #[path = "engine_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "engine/caching_tests.rs"]
+mod caching_tests;

@@ -14,10 +14,14 @@
 
 use crate::chat_template::{ChatTemplate, TemplateError};
 use crate::constraint::{ConstraintLimits, Grammars};
-use crate::engine::{self, EngineHandle, EngineLimits};
+use crate::engine::{self, EngineError, EngineHandle, EngineLimits};
 use crate::kernel::Dtype;
 use crate::model::{LoadOptions, Model};
 use crate::service::{Service, ServiceLimits};
+use crate::state::BLOCK_TOKENS;
+use crate::state::disk::DiskLimits;
+use crate::state::placement::Placement;
+use crate::state::prefixes::PrefixLimits;
 use crate::tokenizer::{Tokenizer, TokenizerError};
 use futures::Stream;
 use sluice_proto::node::v1 as proto;
@@ -67,6 +71,33 @@ pub struct NodeOptions {
     /// Tokens that the softmax layers keep, over all sequences [default: full contexts in all slots, within 4 GiB]
     #[arg(long, value_name = "N")]
     pub cache_tokens: Option<usize>,
+
+    /// Memory for checkpoints of prompts and of ended conversations, so that what they have in common with a later prompt is
+    /// not computed again; 0 turns the cache off
+    #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_CACHE_RAM_BYTES)]
+    pub cache_ram_bytes: u64,
+
+    /// Folder for checkpoints that memory has no room for and of conversations that ended, which so outlast a restart; it
+    /// belongs to one node and is readable by its user alone [default: none, memory only]
+    #[arg(long, value_name = "DIR")]
+    pub cache_dir: Option<PathBuf>,
+
+    /// Bytes that --cache-dir may hold
+    #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_CACHE_DISK_BYTES)]
+    pub cache_disk_bytes: u64,
+
+    /// Prompt tokens between two checkpoints where no turn ends, a multiple of 64; 0: only at ends of turns
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_CACHE_GRID_TOKENS)]
+    pub cache_grid_tokens: usize,
+
+    /// Ends of turns in a prompt that get a checkpoint: the first, then the latest
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_CACHE_TURNS_MAX)]
+    pub cache_turns_max: usize,
+
+    /// How long a sequence waits for a prefix that another sequence is computing, or that is read from --cache-dir, before
+    /// it computes the prefix itself
+    #[arg(long, value_name = "MS", default_value_t = DEFAULT_CACHE_WAIT_MS)]
+    pub cache_wait_ms: u64,
 
     /// How long a sequence is kept while its client grants nothing
     #[arg(long, value_name = "MS", default_value_t = DEFAULT_GRANT_IDLE_MS)]
@@ -123,6 +154,11 @@ const DEFAULT_CONSTRAINT_BYTES_MAX: usize = 256 << 10;
 const DEFAULT_CONSTRAINT_WAIT_MS: u64 = 5_000;
 const DEFAULT_CONSTRAINT_THREADS: usize = 1;
 const DEFAULT_CACHE_BYTES_MAX: u64 = 4 << 30;
+const DEFAULT_CACHE_RAM_BYTES: u64 = 1 << 30;
+const DEFAULT_CACHE_DISK_BYTES: u64 = 16 << 30;
+const DEFAULT_CACHE_GRID_TOKENS: usize = 1024;
+const DEFAULT_CACHE_TURNS_MAX: usize = 8;
+const DEFAULT_CACHE_WAIT_MS: u64 = 10_000;
 
 /// Holds a prompt of a million ids, and the text of one.
 const MESSAGE_BYTES_MAX: usize = 16 << 20;
@@ -140,6 +176,12 @@ impl NodeOptions {
             waiting_max: DEFAULT_WAITING_MAX,
             step_tokens_max: DEFAULT_STEP_TOKENS_MAX,
             cache_tokens: None,
+            cache_ram_bytes: DEFAULT_CACHE_RAM_BYTES,
+            cache_dir: None,
+            cache_disk_bytes: DEFAULT_CACHE_DISK_BYTES,
+            cache_grid_tokens: DEFAULT_CACHE_GRID_TOKENS,
+            cache_turns_max: DEFAULT_CACHE_TURNS_MAX,
+            cache_wait_ms: DEFAULT_CACHE_WAIT_MS,
             grant_idle_ms: DEFAULT_GRANT_IDLE_MS,
             grant_patience_ms: DEFAULT_GRANT_PATIENCE_MS,
             suspended_bytes_max: DEFAULT_SUSPENDED_BYTES_MAX,
@@ -175,6 +217,14 @@ impl NodeOptions {
                 format!("must be more than --slots ({}), or decoding leaves no room for prompts", self.slots);
             return refuse("step-tokens-max", reason);
         }
+        if !self.cache_grid_tokens.is_multiple_of(BLOCK_TOKENS) {
+            let reason = format!("must be a multiple of {BLOCK_TOKENS}, the block of the state");
+            return refuse("cache-grid-tokens", reason);
+        }
+        if self.cache_dir.is_some() && self.cache_ram_bytes == 0 {
+            let reason = "needs memory too: --cache-ram-bytes 0 turns the whole cache off".to_owned();
+            return refuse("cache-dir", reason);
+        }
         if self.preempt_after_tokens == 0 {
             return refuse("preempt-after-tokens", "must be at least 1".to_owned());
         }
@@ -190,6 +240,16 @@ impl NodeOptions {
             return Err(StartError::NoModel(self.model_dir.clone()));
         }
         Ok(())
+    }
+
+    fn prefix_limits(&self) -> PrefixLimits {
+        let disk = self.cache_dir.clone().map(|dir| DiskLimits { dir, bytes: self.cache_disk_bytes });
+        PrefixLimits {
+            ram_bytes: self.cache_ram_bytes,
+            disk,
+            placement: Placement { grid_tokens: self.cache_grid_tokens, turns_max: self.cache_turns_max },
+            wait: Duration::from_millis(self.cache_wait_ms),
+        }
     }
 
     fn cache_tokens(&self, model: &Model) -> usize {
@@ -223,8 +283,8 @@ pub enum StartError {
     Template(#[from] TemplateError),
     #[error("{path}: {reason}")]
     GenerationConfig { path: PathBuf, reason: String },
-    #[error("the engine thread cannot start: {0}")]
-    Thread(io::Error),
+    #[error(transparent)]
+    Engine(#[from] EngineError),
 }
 
 /// Threads beyond this are a typing error.
@@ -264,6 +324,7 @@ impl Node {
             step_tokens_max: options.step_tokens_max,
             cache_tokens: options.cache_tokens(&model),
             grant_idle: Duration::from_millis(options.grant_idle_ms),
+            prefixes: options.prefix_limits(),
             grant_patience: Duration::from_millis(options.grant_patience_ms),
             suspended_bytes_max: options.suspended_bytes_max,
             preempt_after_tokens: options.preempt_after_tokens,
@@ -282,9 +343,8 @@ impl Node {
                 compile_waiting_max: options.waiting_max,
             },
         )
-        .map_err(StartError::Thread)?;
-        let engine =
-            engine::start(model, tokenizer.clone(), end_of_sequence, limits).map_err(StartError::Thread)?;
+        .map_err(EngineError::Thread)?;
+        let engine = engine::start(model, tokenizer.clone(), end_of_sequence, limits)?;
         let limits = ServiceLimits {
             slots: options.slots,
             waiting_max: options.waiting_max,
@@ -341,7 +401,8 @@ impl Node {
             .await
     }
 
-    /// Refuses new sequences (UNAVAILABLE) and waits until every sequence has ended and its client has read the end.
+    /// Refuses new sequences (UNAVAILABLE), waits until every sequence has ended and its client has read the end, and until what
+    /// they leave to the cache is on disk.
     ///
     /// # Cancel safety
     /// The node goes on draining.
@@ -350,6 +411,7 @@ impl Node {
         self.health.set_not_serving::<NodeServiceServer<Service>>().await;
         self.health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
         self.service.drained().await;
+        self.service.engine().flush_cache().await;
     }
 
     pub fn models(&self) -> &[proto::ModelDescription] {

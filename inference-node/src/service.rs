@@ -296,6 +296,12 @@ impl NodeService for Service {
             cached_tokens_total: read(&odometer.cached_tokens_total),
             output_tokens_total: read(&odometer.output_tokens_total),
             steps_total: read(&odometer.steps_total),
+            cache_hits_total: read(&odometer.cache_hits_total),
+            cache_misses_total: read(&odometer.cache_misses_total),
+            cache_evictions_total: read(&odometer.cache_evictions_total),
+            cache_ram_bytes: read(&odometer.cache_ram_bytes),
+            cache_disk_bytes: read(&odometer.cache_disk_bytes),
+            state_bytes: read(&odometer.state_bytes),
         }))
     }
 

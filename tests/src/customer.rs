@@ -21,6 +21,7 @@ pub struct Customer {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Price {
     pub input_pico: i64,
+    pub cached_input_pico: i64,
     pub output_pico: i64,
 }
 
@@ -28,15 +29,29 @@ pub struct Price {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Usage {
     pub requests: u64,
+    /// Prompt tokens that were computed, and that came from a cache: the classes do not overlap.
     pub input_tokens: u64,
+    pub cached_input_tokens: u64,
     pub output_tokens: u64,
     pub cost_pico: i64,
+}
+
+impl Usage {
+    pub fn prompt_tokens(&self) -> u64 {
+        self.input_tokens + self.cached_input_tokens
+    }
 }
 
 impl Price {
     /// The cost of a request, of which no prompt token came from a cache.
     pub fn of(self, prompt_tokens: u64, completion_tokens: u64) -> i64 {
-        prompt_tokens as i64 * self.input_pico + completion_tokens as i64 * self.output_pico
+        self.of_classes(prompt_tokens, 0, completion_tokens)
+    }
+
+    pub fn of_classes(self, input_tokens: u64, cached_input_tokens: u64, completion_tokens: u64) -> i64 {
+        input_tokens as i64 * self.input_pico
+            + cached_input_tokens as i64 * self.cached_input_pico
+            + completion_tokens as i64 * self.output_pico
     }
 }
 
@@ -93,7 +108,8 @@ impl Cluster {
             let count = |field: &str| row[field].as_u64().unwrap_or_else(|| panic!("no {field}: {row}"));
             Usage {
                 requests: sum.requests + count("requests"),
-                input_tokens: sum.input_tokens + count("input_tokens") + count("cached_input_tokens"),
+                input_tokens: sum.input_tokens + count("input_tokens"),
+                cached_input_tokens: sum.cached_input_tokens + count("cached_input_tokens"),
                 output_tokens: sum.output_tokens + count("output_tokens"),
                 cost_pico: sum.cost_pico + pico_of(&row["cost"]),
             }
@@ -123,7 +139,7 @@ impl Cluster {
             assert_eq!(per_million % 1_000_000, 0, "prices are exact: {row}");
             per_million / 1_000_000
         };
-        Price { input_pico: of("input"), output_pico: of("output") }
+        Price { input_pico: of("input"), cached_input_pico: of("cached_input"), output_pico: of("output") }
     }
 }
 

@@ -12,6 +12,7 @@ pub struct Metrics {
 const HOLDS_OPEN: &str = "sluice_holds_open";
 const OUTBOX_BACKLOG: &str = "sluice_outbox_backlog_events";
 const NODE_PROMPT_TOKENS: &str = "sluice_node_prompt_tokens_total";
+const NODE_CACHED_TOKENS: &str = "sluice_node_cached_tokens_total";
 const NODE_OUTPUT_TOKENS: &str = "sluice_node_output_tokens_total";
 
 impl Metrics {
@@ -46,6 +47,11 @@ impl Metrics {
     /// The node's odometer: prompt tokens computed since it started.
     pub fn node_prompt_tokens(&self) -> u64 {
         self.sum(NODE_PROMPT_TOKENS) as u64
+    }
+
+    /// The node's odometer: prompt tokens that its cache restored since it started.
+    pub fn node_cached_tokens(&self) -> u64 {
+        self.sum(NODE_CACHED_TOKENS) as u64
     }
 
     /// The node's odometer: tokens sampled since it started.

@@ -43,6 +43,14 @@ impl Reply {
             .to_owned()
     }
 
+    /// Of the prompt tokens, how many came from a cache.
+    #[track_caller]
+    pub fn cached_tokens(&self) -> u64 {
+        let usage = &self.ok()["usage"];
+        let cached = usage["prompt_tokens_details"]["cached_tokens"].as_u64();
+        cached.unwrap_or_else(|| panic!("usage has no cached_tokens: {usage}"))
+    }
+
     /// (prompt, completion) tokens, of which the total must be the sum.
     #[track_caller]
     pub fn usage(&self) -> (u64, u64) {

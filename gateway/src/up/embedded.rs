@@ -94,5 +94,12 @@ fn options(config: &Config) -> anyhow::Result<NodeOptions> {
     if let Some(waiting_max) = settings.waiting_max {
         options.waiting_max = waiting_max;
     }
+    if let Some(cache_ram_bytes) = settings.cache_ram_bytes {
+        options.cache_ram_bytes = cache_ram_bytes;
+    }
+    options.cache_dir = settings.cache_dir.clone();
+    if let Some(cache_disk_bytes) = settings.cache_disk_bytes {
+        options.cache_disk_bytes = cache_disk_bytes;
+    }
     Ok(options)
 }

@@ -66,6 +66,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     options.dtype = args.dtype;
     options.threads = args.threads.unwrap_or(options.threads);
     options.step_tokens_max = args.step_tokens_max.unwrap_or(options.step_tokens_max.max(args.batch * 2));
+    // What is measured is computed, every time.
+    options.cache_ram_bytes = 0;
     options.cache_tokens = Some(args.batch * (args.prompt_tokens + args.new_tokens).next_multiple_of(256));
     if args.mixer {
         return bench_mixer::run(&args.model, args.prompt_tokens, options.threads, args.json);

@@ -89,7 +89,7 @@ impl Bench {
         let Heads { heads, kv_heads, head_dim: d } = self.heads;
         let page_floats = kv_heads * 2 * d * BLOCK_TOKENS;
         let pages = (length + DECODE_STEPS).div_ceil(BLOCK_TOKENS);
-        let mut pages: Vec<Page> = (0..pages).map(|_| Page(vec![0.0; page_floats])).collect();
+        let mut pages: Vec<Page> = (0..pages).map(|_| Page::zeroed(page_floats)).collect();
         let bytes = length.div_ceil(BLOCK_TOKENS) * page_floats * size_of::<f32>();
         let (kernel, shape) = (&mut self.kernel, self.heads);
         let pass = |position: usize, rows: usize, qkv: &[f32], out: &mut [f32]| {

@@ -2,6 +2,7 @@
 
 mod bench;
 mod bench_mixer;
+mod cache;
 mod gaps;
 mod generate;
 mod init;
@@ -47,6 +48,8 @@ enum Command {
     Init(init::InitArgs),
     /// Measure prefill and decode through the engine
     Bench(bench::Args),
+    /// Look into the folder of a node's state cache
+    Cache(cache::Args),
     /// Measure what an arriving prompt does to streams
     Gaps(gaps::Args),
 }
@@ -71,6 +74,7 @@ pub fn main() -> ExitCode {
         Command::Perplexity(args) => perplexity::run(args),
         Command::Init(args) => init::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Cache(args) => cache::run(args),
         Command::Gaps(args) => gaps::run(args),
     };
     match outcome {

@@ -1,20 +1,30 @@
 //! The scheduler's view of the state cache: who fits, who enters, who leaves.
 
+use super::caching::Caching;
 use super::sequence::Sequence;
 use crate::scheduler::{Room, SequenceId};
 use crate::state::{Slot, StateCache};
 use std::collections::BTreeMap;
+use std::time::Instant;
 
 pub(super) struct CacheRoom<'a> {
     pub sequences: &'a mut BTreeMap<SequenceId, Sequence>,
     pub cache: &'a mut StateCache,
+    pub caching: &'a mut Caching,
+    /// Who came in for the first time, and the tokens it started from.
+    pub admitted: Vec<(SequenceId, usize)>,
 }
 
 impl Room for CacheRoom<'_> {
     fn enter(&mut self, id: SequenceId) -> Option<usize> {
         let sequence = self.sequences.get_mut(&id).expect("a queued sequence is known");
         let slot = match sequence.suspended.take() {
-            None => self.cache.acquire(sequence.tokens_max())?,
+            None => {
+                sequence.slot = Some(self.cache.acquire(sequence.tokens_max())?);
+                let held = self.caching.start(sequence, self.cache, Instant::now());
+                self.admitted.push((id, held));
+                return Some(held);
+            }
             Some(suspended) => match self.cache.restore(suspended) {
                 Ok(slot) => slot,
                 Err(suspended) => {

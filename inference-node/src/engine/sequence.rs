@@ -1,11 +1,13 @@
 //! One sequence inside the engine: its tokens, where it may end, and what of its text is out.
 
 use super::Submission;
+use super::caching::Prefix;
 use super::mailbox::{Ending, Outlet, Sampled, Usage};
 use crate::constraint::{Guide, Masks};
 use crate::detokenizer::Detokenizer;
-use crate::state::{Slot, Suspended};
 use crate::sampler::{Choice, History, Sampler, Sampling, TokenLogprobs};
+use crate::scheduler::Priority;
+use crate::state::{Slot, Suspended};
 use crate::tokenizer::Tokenizer;
 use std::sync::Arc;
 use std::time::Instant;
@@ -13,6 +15,9 @@ use std::time::Instant;
 pub(super) struct Sequence {
     /// Prompt, then output.
     pub tokens: Vec<u32>,
+    pub tenant: Arc<str>,
+    pub tenant_weight: u32,
+    pub priority: Priority,
     pub deadline: Option<Instant>,
     pub slot: Option<Slot>,
     /// Its state while others have its slot.
@@ -23,6 +28,7 @@ pub(super) struct Sequence {
     pub granted_tokens: u64,
     /// Tokens in the state.
     pub computed: usize,
+    pub prefix: Prefix,
     prompt_tokens: usize,
     resumed_tokens: usize,
     output_tokens_max: usize,
@@ -54,6 +60,9 @@ impl Sequence {
             resumed_tokens: submission.resume_ids.len(),
             history: History::new(&submission.sampling, tokenizer.vocab_size(), &submission.prompt_ids),
             tokens: submission.prompt_ids,
+            tenant: submission.tenant,
+            tenant_weight: submission.tenant_weight,
+            priority: submission.priority,
             sampling: submission.sampling,
             top_logprobs: submission.top_logprobs,
             guide: None,
@@ -63,6 +72,7 @@ impl Sequence {
             idle_since: None,
             granted_tokens: submission.grant.output_tokens,
             computed: 0,
+            prefix: Prefix::default(),
             output_tokens_max: submission.output_tokens_max,
             output_tokens_min: submission.output_tokens_min,
             stop_ids,
@@ -168,13 +178,15 @@ impl Sequence {
         self.prompt_tokens + self.resumed_tokens
     }
 
-    /// A prompt counts as far as it was computed; that of a resumed sequence was, elsewhere.
+    /// A prompt counts as far as it was computed; that of a resumed sequence was, elsewhere. What came from the cache is in a class
+    /// of its own.
     pub fn usage(&self) -> Usage {
-        let input =
+        let prompt =
             if self.resumed_tokens > 0 { self.prompt_tokens } else { self.computed.min(self.prompt_tokens) };
+        let cached = self.prefix.restored.min(self.prompt_tokens);
         Usage {
-            input_tokens: input as u64,
-            cached_input_tokens: 0,
+            input_tokens: (prompt - cached) as u64,
+            cached_input_tokens: cached as u64,
             output_tokens: self.output_tokens() as u64,
         }
     }

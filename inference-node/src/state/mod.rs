@@ -8,8 +8,22 @@
 //!
 //! The grid starts at position 0 and never moves, so a token's result does not depend on how its prompt was cut. The cache owns the
 //! memory of every sequence; a forward pass borrows it by taking the [`Sequence`] out of its slot and putting it back.
+//!
+//! What one sequence computed another may continue from: a [`checkpoint`] is a copy of what changes and references to the pages
+//! that are full. [`prefixes`] keeps checkpoints by the tokens they stand for ([`chain`]), [`disk`] those that memory has no room for.
 
+pub mod chain;
+pub(crate) mod checkpoint;
+pub mod disk;
+pub(crate) mod index;
+pub mod placement;
+pub mod prefixes;
+
+use self::chain::Key;
+use self::checkpoint::{Checkpoint, Segment};
 use crate::config::{LayerKind, ModelConfig};
+use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
 
 /// Tokens of one block of the grid. Independent of the block a checkpoint was trained with: the recurrence is exact for any.
 pub const BLOCK_TOKENS: usize = 64;
@@ -18,7 +32,8 @@ pub const BLOCK_TOKENS: usize = 64;
 pub struct CacheLimits {
     /// Sequences that may hold state at a time.
     pub slots: usize,
-    /// Tokens of softmax keys and values over all slots, rounded up to whole pages a sequence.
+    /// Tokens of softmax keys and values over all slots, rounded up to whole pages a sequence. A model without softmax layers
+    /// keeps none, so that this does not limit it.
     pub tokens: usize,
 }
 
@@ -45,6 +60,8 @@ pub struct StateCache {
     free_slots: Vec<usize>,
     free_pages: Vec<Page>,
     pages_reserved: usize,
+    /// Pages that sequences hold, shared ones counted for each.
+    pages_held: usize,
     suspended_bytes: u64,
     suspended_bytes_max: u64,
 }
@@ -72,11 +89,14 @@ pub(crate) struct Sequence {
     pub linear: Vec<LightningState>,
     /// One a block of the grid, up to the block that `position` is in.
     pub pages: Vec<Page>,
+    /// The first of `pages`, as far as a checkpoint has named them.
+    pub base: Option<Arc<Segment>>,
 }
 
 /// A lightning layer's memory. All heads, head-major.
 pub struct LightningState {
-    /// `[heads, d_k, d_v]` f32, d_v fastest: the recurrence at the start of the open block.
+    /// `[heads, d_k, d_v]` f32, d_v fastest: the recurrence at the start of the open block. A block is folded in by the pass that
+    /// computes its last token, so on the grid this is all there is to know.
     pub state: Vec<f32>,
     /// `[heads, d_k, BLOCK_TOKENS]` f32: keys of the open block, transposed.
     pub keys: Vec<f32>,
@@ -85,8 +105,46 @@ pub struct LightningState {
 }
 
 /// Keys and values of one block of tokens in every softmax layer:
-/// `[softmax layers, kv_heads, {keys [d, BLOCK_TOKENS], values [BLOCK_TOKENS, d]}]` f32.
-pub struct Page(pub Vec<f32>);
+/// `[softmax layers, kv_heads, {keys [d, BLOCK_TOKENS], values [BLOCK_TOKENS, d]}]` f32. Shared by reference once it is full.
+#[derive(Clone)]
+pub struct Page(pub PageFloats);
+
+/// A slice of f32 to whoever reads or writes. Writing to a page that others hold would first make a copy; no pass does, because
+/// the page it fills is its own.
+#[derive(Clone)]
+pub struct PageFloats(Arc<Vec<f32>>);
+
+impl Page {
+    pub fn zeroed(floats: usize) -> Page {
+        Page::of(vec![0.0; floats])
+    }
+
+    pub fn of(floats: Vec<f32>) -> Page {
+        Page(PageFloats(Arc::new(floats)))
+    }
+
+    pub fn bytes(&self) -> u64 {
+        size_of_val(&self.0[..]) as u64
+    }
+
+    fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.0.0) > 1
+    }
+}
+
+impl Deref for PageFloats {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        &self.0
+    }
+}
+
+impl DerefMut for PageFloats {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        Arc::make_mut(&mut self.0).as_mut_slice()
+    }
+}
 
 impl std::fmt::Debug for Suspended {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -103,6 +161,7 @@ impl StateCache {
             free_slots: Vec::new(),
             free_pages: Vec::new(),
             pages_reserved: 0,
+            pages_held: 0,
             suspended_bytes: 0,
             suspended_bytes_max: 0,
         }
@@ -146,6 +205,7 @@ impl StateCache {
         let state = &mut self.slots[slot.index];
         let pages_reserved = std::mem::take(&mut state.pages_reserved);
         let sequence = state.sequence.take().expect("a slot is suspended between forward passes");
+        self.pages_held -= sequence.pages.len();
         self.pages_reserved -= pages_reserved;
         self.suspended_bytes += bytes;
         self.free_slots.push(slot.index);
@@ -156,9 +216,10 @@ impl StateCache {
     pub fn restore(&mut self, suspended: Suspended) -> Result<Slot, Suspended> {
         let Some(index) = self.reserve(suspended.pages_reserved) else { return Err(suspended) };
         self.suspended_bytes -= suspended.bytes;
+        self.pages_held += suspended.sequence.pages.len();
         self.slots[index].sequence = Some(suspended.sequence);
         // Its pages come on top of those made while it was away.
-        self.free_pages.truncate(self.pages_max() - self.pages_reserved);
+        self.trim();
         Ok(Slot { index })
     }
 
@@ -195,13 +256,57 @@ impl StateCache {
         let state = &mut self.slots[slot.index];
         self.pages_reserved -= std::mem::take(&mut state.pages_reserved);
         let sequence = state.sequence.as_mut().expect("a slot is released between forward passes");
-        self.free_pages.append(&mut sequence.pages);
+        sequence.base = None;
+        self.pages_held -= sequence.pages.len();
+        // Those that checkpoints share live on there.
+        self.free_pages.extend(sequence.pages.drain(..).filter(|page| !page.is_shared()));
         self.free_slots.push(slot.index);
+        self.trim();
     }
 
     /// Tokens already in the state.
     pub fn position(&self, slot: &Slot) -> usize {
         self.slots[slot.index].sequence.as_ref().expect("a slot is read between forward passes").position
+    }
+
+    /// Copies what changes of a sequence's memory and shares its full pages. `key` names its whole blocks.
+    pub(crate) fn checkpoint(&mut self, slot: &Slot, key: Key) -> Checkpoint {
+        let sequence =
+            self.slots[slot.index].sequence.as_mut().expect("a slot is read between forward passes");
+        let named = sequence.base.as_ref().map_or(0, |base| base.blocks.end);
+        let blocks = (sequence.position / BLOCK_TOKENS).min(sequence.pages.len());
+        if named < blocks {
+            let pages = sequence.pages[named..blocks].to_vec();
+            sequence.base = Some(Segment::new(key, named..blocks, pages, sequence.base.take()));
+        }
+        Checkpoint::of(sequence, &self.shape, sequence.base.clone())
+    }
+
+    /// Lets a sequence that has computed nothing start where a checkpoint stands, within the tokens it was acquired for.
+    pub(crate) fn start_from(&mut self, slot: &Slot, checkpoint: &Checkpoint) {
+        let state = &mut self.slots[slot.index];
+        let sequence = state.sequence.as_mut().expect("a slot is written between forward passes");
+        assert!(sequence.position == 0 && sequence.pages.is_empty(), "a sequence starts once");
+        assert!(
+            self.shape.pages_for(checkpoint.position) <= state.pages_reserved,
+            "a sequence stays within the tokens it was acquired for"
+        );
+        let (free_pages, floats) = (&mut self.free_pages, self.shape.page_floats());
+        checkpoint
+            .write_to(sequence, &self.shape, || free_pages.pop().unwrap_or_else(|| Page::zeroed(floats)));
+        sequence.base = checkpoint.pages.clone();
+        self.pages_held += sequence.pages.len();
+        self.trim();
+    }
+
+    /// Bytes of all sequences' memory, that kept for reuse included. At most what the limits imply, whatever was shared.
+    pub fn bytes(&self) -> u64 {
+        let pages = (self.pages_held + self.free_pages.len()) * self.shape.page_floats() * size_of::<f32>();
+        self.slots.len() as u64 * self.shape.sequence_bytes() + pages as u64
+    }
+
+    pub(crate) fn shape(&self) -> StateShape {
+        self.shape
     }
 
     /// Whether [`StateCache::acquire`] could ever succeed, with the cache empty.
@@ -216,8 +321,9 @@ impl StateCache {
         let pages = self.shape.pages_for(sequence.position + tokens);
         assert!(pages <= state.pages_reserved, "a sequence stays within the tokens it was acquired for");
         while sequence.pages.len() < pages {
-            let page = self.free_pages.pop().unwrap_or_else(|| Page(vec![0.0; self.shape.page_floats()]));
+            let page = self.free_pages.pop().unwrap_or_else(|| Page::zeroed(self.shape.page_floats()));
             sequence.pages.push(page);
+            self.pages_held += 1;
         }
         sequence
     }
@@ -229,6 +335,11 @@ impl StateCache {
     fn pages_max(&self) -> usize {
         self.limits.tokens.div_ceil(BLOCK_TOKENS)
     }
+
+    /// Pages that came from a checkpoint may leave more behind than there is room for.
+    fn trim(&mut self) {
+        self.free_pages.truncate(self.pages_max().saturating_sub(self.pages_held));
+    }
 }
 
 impl Sequence {
@@ -239,7 +350,7 @@ impl Sequence {
             values: vec![0.0; shape.heads * shape.head_dim * BLOCK_TOKENS],
         };
         let linear = (0..shape.linear_layers).map(|_| lightning()).collect();
-        Sequence { position: 0, linear, pages: Vec::new() }
+        Sequence { position: 0, linear, pages: Vec::new(), base: None }
     }
 
     /// Back to position 0. Keys, values and pages hold stale numbers that no token before `position` reads.
@@ -270,24 +381,35 @@ impl StateShape {
         (self.page_floats() / BLOCK_TOKENS * size_of::<f32>()) as u64
     }
 
-    fn page_floats(&self) -> usize {
+    pub fn page_floats(&self) -> usize {
         self.softmax_layers * self.kv_heads * 2 * self.head_dim * BLOCK_TOKENS
     }
 
-    /// Pages are counted even for a model without softmax layers, where they are empty: the token limit holds all the same.
+    /// None for a model without softmax layers: a sequence of it holds as much at any length.
     fn pages_for(&self, tokens: usize) -> usize {
-        tokens.div_ceil(BLOCK_TOKENS)
+        if self.softmax_layers == 0 { 0 } else { tokens.div_ceil(BLOCK_TOKENS) }
+    }
+
+    /// Floats of [`Checkpoint::state`]: lightning states, and the open block of every layer.
+    pub fn checkpoint_floats(&self, position: usize) -> usize {
+        let open = 2 * self.head_dim * (position % BLOCK_TOKENS);
+        let lightning = self.linear_layers * self.heads * (self.head_dim * self.head_dim + open);
+        lightning + self.softmax_layers * self.kv_heads * open
     }
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
     const CONFIG: &[u8] = br#"{"model_type": "minimax", "vocab_size": 100, "hidden_size": 64, "intermediate_size": 32,
         "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "num_attention_heads": 4,
         "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16,
         "rope_theta": 10000.0, "max_position_embeddings": 10240}"#;
+
+    pub fn shape() -> StateShape {
+        StateShape::new(&ModelConfig::parse(CONFIG).expect("valid"))
+    }
 
     fn cache(slots: usize, tokens: usize) -> StateCache {
         StateCache::new(&ModelConfig::parse(CONFIG).expect("valid"), CacheLimits { slots, tokens })
@@ -369,7 +491,7 @@ mod tests {
 
     #[test]
     fn sizes_are_those_of_the_model() {
-        let shape = StateShape::new(&ModelConfig::parse(CONFIG).expect("valid"));
+        let shape = shape();
         assert_eq!(shape.sequence_bytes(), 4 * 4 * 16 * (16 + 2 * 64));
         assert_eq!(shape.token_bytes(), 2 * 2 * 16 * 4);
     }

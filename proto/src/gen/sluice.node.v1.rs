@@ -79,6 +79,21 @@ pub struct GetLoadResponse {
     pub output_tokens_total: u64,
     #[prost(uint64, tag = "10")]
     pub steps_total: u64,
+    /// Sequences that started from a checkpoint of the prefix cache, and that did not.
+    #[prost(uint64, tag = "20")]
+    pub cache_hits_total: u64,
+    #[prost(uint64, tag = "21")]
+    pub cache_misses_total: u64,
+    /// Checkpoints that left memory for want of room.
+    #[prost(uint64, tag = "22")]
+    pub cache_evictions_total: u64,
+    /// Bytes of checkpoints in memory and on disk, and of running sequences with what is kept for the next ones.
+    #[prost(uint64, tag = "23")]
+    pub cache_ram_bytes: u64,
+    #[prost(uint64, tag = "24")]
+    pub cache_disk_bytes: u64,
+    #[prost(uint64, tag = "25")]
+    pub state_bytes: u64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct TokenizeRequest {
@@ -151,7 +166,7 @@ pub struct Start {
     pub model: ::prost::alloc::string::String,
     #[prost(uint32, repeated, tag = "3")]
     pub prompt_ids: ::prost::alloc::vec::Vec<u32>,
-    /// Tokens already generated for this request elsewhere; the sequence goes on after them. They count towards
+    /// Tokens already generated for this request, elsewhere or here; the sequence goes on after them. They count towards
     /// `output_tokens_max` and the grant, and are not sent again.
     #[prost(uint32, repeated, tag = "4")]
     pub resume_ids: ::prost::alloc::vec::Vec<u32>,

@@ -184,9 +184,10 @@ async fn usage_is_the_sum_of_what_was_answered() {
     cluster.settled().await;
     cluster.stop(Signal::Terminate).await;
     let total = cluster.usage(&[]).await;
-    assert_eq!((total.input_tokens, total.output_tokens, total.requests), (prompt, completion, requests));
+    assert_eq!((total.prompt_tokens(), total.output_tokens, total.requests), (prompt, completion, requests));
     assert_eq!(before - cluster.balance_pico().await, total.cost_pico, "the balance fell by what usage says");
-    assert_eq!(total.cost_pico, cluster.price().await.of(prompt, completion), "cost is tokens times price");
+    let cost = cluster.price().await.of_classes(total.input_tokens, total.cached_input_tokens, completion);
+    assert_eq!(total.cost_pico, cost, "cost is tokens times price");
     for by in ["key", "model", "day", "project", "key,model,day"] {
         assert_eq!(cluster.usage(&["--by", by]).await, total, "the groups by {by} sum to the total");
     }

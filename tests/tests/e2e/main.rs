@@ -1,6 +1,7 @@
 //! End to end: real processes, real clients. One module a promise; every test ends with `Cluster::finish`.
 #![forbid(unsafe_code)]
 
+mod caching;
 mod concurrency;
 mod errors;
 mod first_light;

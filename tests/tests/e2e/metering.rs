@@ -29,7 +29,14 @@ async fn billed_is_computed(cluster: &Cluster, act: impl AsyncFnOnce(&Cluster)) 
     let billed = cluster.usage_of_requests(usage.requests + 1).await;
     assert_eq!(billed.output_tokens - usage.output_tokens, computed, "output tokens billed, and computed");
     assert_eq!(billed.input_tokens - usage.input_tokens, prompts, "prompt tokens billed, and computed");
-    assert_eq!(billed.cost_pico - usage.cost_pico, cluster.price().await.of(prompts, computed));
+    let cached = now.node_cached_tokens() - odometer.node_cached_tokens();
+    assert_eq!(
+        billed.cached_input_tokens - usage.cached_input_tokens,
+        cached,
+        "cached tokens billed, and restored"
+    );
+    let cost = cluster.price().await.of_classes(prompts, cached, computed);
+    assert_eq!(billed.cost_pico - usage.cost_pico, cost);
     computed
 }
 

@@ -47,7 +47,7 @@ async fn an_account_without_credit_is_refused() {
     assert_eq!(cluster.metrics().await.node_prompt_tokens(), before, "nothing reached the node");
 
     // Credit that does not even cover the prompt is no credit.
-    let Price { input_pico, output_pico } = cluster.price().await;
+    let Price { input_pico, output_pico, .. } = cluster.price().await;
     let prompt = prompt_tokens(&cluster).await as i64;
     let poor = cluster.customer("poor", Some(prompt * input_pico + output_pico - 1)).await;
     assert_no_credit(&ask(&cluster, &poor).await.expect_err("a refusal"));
@@ -72,7 +72,7 @@ async fn credit_makes_a_refused_account_work_at_once() {
 #[tokio::test]
 async fn generation_stops_at_the_token_the_budget_affords() {
     let cluster = endless().await;
-    let Price { input_pico, output_pico } = cluster.price().await;
+    let Price { input_pico, output_pico, .. } = cluster.price().await;
     let prompt = prompt_tokens(&cluster).await;
     let whole = cluster.stream_chat(&question(&cluster)).await;
     for (tokens, rest) in
@@ -96,7 +96,7 @@ async fn generation_stops_at_the_token_the_budget_affords() {
 #[tokio::test]
 async fn a_budget_stops_a_whole_answer_and_grpc_too() {
     let cluster = endless().await;
-    let Price { input_pico, output_pico } = cluster.price().await;
+    let Price { input_pico, output_pico, .. } = cluster.price().await;
     let prompt = prompt_tokens(&cluster).await;
     let credit = prompt as i64 * input_pico + 30 * output_pico;
 
@@ -120,7 +120,7 @@ async fn a_budget_stops_a_whole_answer_and_grpc_too() {
 #[tokio::test]
 async fn fifty_streams_never_overshoot_a_shared_budget() {
     let cluster = endless().await;
-    let Price { input_pico, output_pico } = cluster.price().await;
+    let Price { input_pico, output_pico, .. } = cluster.price().await;
     let prompt = prompt_tokens(&cluster).await as i64;
     let credit = 50 * prompt * input_pico + 1_003 * output_pico + 7;
     let customer = cluster.customer("racing", Some(credit)).await;

@@ -109,19 +109,25 @@ async fn commands_refuse_nonsense_and_name_it() {
 }
 
 /// A node of its own, and a client as the gateway has one.
-struct Node {
+pub struct Node {
     process: Process,
-    client: NodeServiceClient<Channel>,
+    pub client: NodeServiceClient<Channel>,
     url: String,
-    model: String,
+    pub model: String,
     _folder: tempfile::TempDir,
 }
 
 impl Node {
     async fn start() -> Node {
+        Node::start_with(&[]).await
+    }
+
+    /// With further arguments of `sluice-node serve`.
+    pub async fn start_with(further: &[&str]) -> Node {
         let folder = tempfile::tempdir().expect("a folder");
         let model = random_model().await;
         let args = ["serve", "--model", text_of(&model), "--listen", "127.0.0.1:0", "--json"];
+        let args = args.iter().chain(further);
         let mut process = Process::spawn("sluice-node", args, &folder.path().join("node.log"));
         let ready = process.announcement().await;
         let url = ready["grpc_url"].as_str().unwrap_or_else(|| panic!("no grpc_url: {ready}")).to_owned();
@@ -143,7 +149,7 @@ impl Node {
         }))
     }
 
-    async fn stop(mut self) {
+    pub async fn stop(mut self) {
         drop(self.client);
         self.process.signal(Signal::Terminate);
         let (status, _) = self.process.exit().await;

@@ -221,7 +221,7 @@ fn attention(kernel: &mut dyn Kernel, shape: Heads, qkv: &[f32], cut: &[usize]) 
     let width = (heads + 2 * kv_heads) * d;
     let rows = qkv.len() / width;
     // Two layers' worth, of which the second is used, full of another sequence's numbers.
-    let page = || crate::state::Page(vec![100.0; 2 * kv_heads * 2 * d * BLOCK_TOKENS]);
+    let page = || crate::state::Page::of(vec![100.0; 2 * kv_heads * 2 * d * BLOCK_TOKENS]);
     let mut pages: Vec<_> = (0..rows.div_ceil(BLOCK_TOKENS)).map(|_| page()).collect();
     let mut out = vec![0.0; rows * heads * d];
     let mut position = 0;
