@@ -89,6 +89,8 @@ async fn grants_in_small_change_are_kept_to_while_others_take_the_slots() {
         let grant = Grant { output_tokens: granted, is_final: false };
         let start = node.engine().submit(Submission { grant, ..submission });
         let mut answer = start.await.expect("there is room");
+        // Nobody has a grant yet: whoever has a slot must give it to those that wait.
+        until_suspended(&node).await;
         loop {
             while (ids.len() as u64) < granted {
                 let delivery = answer.next().await.expect("granted tokens come");
@@ -105,7 +107,6 @@ async fn grants_in_small_change_are_kept_to_while_others_take_the_slots() {
     let together = varied().into_iter().zip([1, 2, 3, 5, 7, 11]).map(stingy);
     let together = futures::future::join_all(together).await;
     assert!(together.iter().eq(expect.iter().map(|outcome| &outcome.ids)));
-    assert!(preemptions(&node) > 0);
 }
 
 #[tokio::test]

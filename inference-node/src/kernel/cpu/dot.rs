@@ -206,7 +206,8 @@ impl<V: Vector + From<__m512>> Dot for NativeBf16<V> {
     unsafe fn step(left: __m512i, right: __m512i, sum: __m512) -> __m512 {
         // SAFETY: as above; both types are 512 bits of any value.
         unsafe {
-            let (left, right): (__m512bh, __m512bh) = (std::mem::transmute(left), std::mem::transmute(right));
+            let left = std::mem::transmute::<__m512i, __m512bh>(left);
+            let right = std::mem::transmute::<__m512i, __m512bh>(right);
             _mm512_dpbf16_ps(sum, left, right)
         }
     }
@@ -221,7 +222,7 @@ impl<V: Vector + From<__m512>> Dot for NativeBf16<V> {
             // SAFETY: the features by the caller's contract; 32 floats make 16 words.
             unsafe {
                 let (low, high) = (_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x[16..].as_ptr()));
-                let pairs: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
+                let pairs = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
                 _mm512_storeu_si512(words.as_mut_ptr().cast(), pairs);
             }
         }
