@@ -57,6 +57,8 @@ impl Default for Config {
 pub struct EmbeddedNode {
     /// A Hugging Face model directory; absent: the bundled model.
     pub model: Option<PathBuf>,
+    /// What weights are stored and multiplied as: f32, bf16 or int8; absent: bf16 where the checkpoint is bf16, else f32.
+    pub dtype: Option<String>,
     pub threads: Option<usize>,
     /// Sequences computed at the same time.
     pub slots: Option<usize>,

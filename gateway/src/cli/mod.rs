@@ -74,6 +74,9 @@ struct UpArgs {
     /// Hugging Face model directory [default: the bundled model].
     #[arg(long, value_name = "DIR", conflicts_with = "node")]
     model: Option<PathBuf>,
+    /// What its weights are stored and multiplied as: f32, bf16 or int8 [default: bf16 where the checkpoint is, else f32].
+    #[arg(long, value_name = "DTYPE", conflicts_with = "node")]
+    dtype: Option<String>,
     /// Threads of the node in this process [default: all cores].
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -103,12 +106,14 @@ struct NodeFlags {
     #[serde(skip_serializing_if = "Option::is_none")]
     model: Option<PathBuf>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    dtype: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     threads: Option<usize>,
 }
 
 impl NodeFlags {
     fn is_empty(&self) -> bool {
-        self.model.is_none() && self.threads.is_none()
+        self.model.is_none() && self.dtype.is_none() && self.threads.is_none()
     }
 }
 
@@ -121,7 +126,7 @@ impl Cli {
                     listen: args.listen,
                     data_dir: args.config.data_dir,
                     nodes: args.node,
-                    node: NodeFlags { model: args.model, threads: args.threads },
+                    node: NodeFlags { model: args.model, dtype: args.dtype, threads: args.threads },
                 };
                 let config = Config::load(args.config.config.as_deref(), flags)?;
                 up::run(config, args.json).await

@@ -7,6 +7,7 @@ use anyhow::Context;
 use hyper_util::rt::TokioIo;
 use sluice_node::{
     bundled,
+    kernel::Dtype,
     node::{Node, NodeOptions},
 };
 use tokio::{io::DuplexStream, sync::mpsc, task::JoinHandle};
@@ -85,6 +86,11 @@ fn options(config: &Config) -> anyhow::Result<NodeOptions> {
         })?,
     };
     let mut options = NodeOptions::new(model_dir);
+    if let Some(dtype) = &settings.dtype {
+        let known = Dtype::from_name(dtype);
+        options.dtype =
+            Some(known.with_context(|| format!("node.dtype is {dtype:?}; it must be f32, bf16 or int8"))?);
+    }
     if let Some(threads) = settings.threads {
         options.threads = threads;
     }

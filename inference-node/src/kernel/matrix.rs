@@ -27,6 +27,10 @@ impl Dtype {
         }
     }
 
+    pub fn from_name(name: &str) -> Option<Dtype> {
+        [Dtype::F32, Dtype::Bf16, Dtype::Int8].into_iter().find(|dtype| dtype.name() == name)
+    }
+
     /// Weights of consecutive inputs that share a 32-bit word.
     pub(super) fn per_word(self) -> usize {
         match self {

@@ -28,6 +28,8 @@ pub use roofline::Roofline;
 const TASK_ROWS: usize = 8 * STRIP;
 /// Multiply-adds below which a task is not worth handing out.
 const TASK_MULTIPLY_ADDS: usize = 1 << 16;
+/// Tasks of one product that a thread finds, at the least: at the end of a product the others wait for half a task.
+const TASKS_PER_THREAD: usize = 32;
 /// Elements below which an elementwise task is not worth handing out.
 const TASK_ELEMENTS: usize = 1 << 13;
 /// Rows of one sequence that an attention task takes, so that a page is read once for all of them.
@@ -248,7 +250,7 @@ impl Cut {
         let panels = matrix.panels();
         let work_per_panel = PANEL * matrix.columns() * rows.clamp(1, TASK_ROWS);
         let enough = (TASK_MULTIPLY_ADDS / work_per_panel.max(1)).max(1);
-        Cut { panels, panels_per_task: enough.max(panels / (8 * threads)).min(panels.max(1)) }
+        Cut { panels, panels_per_task: enough.max(panels / (TASKS_PER_THREAD * threads)).min(panels.max(1)) }
     }
 
     fn tasks(&self, rows: usize) -> usize {
