@@ -274,6 +274,8 @@ impl Relay<'_> {
             }
             Ended::Gone => self.pay_for_used().await.map(|_| None),
             Ended::ByUs(error) => self.give_up(error).await,
+            // The request's own fault, found while it was computed: a format that no token can follow.
+            Ended::Failed(error @ ApiError::Field { .. }) => self.give_up(error).await,
             Ended::Failed(error) => self.fail(error).await,
         }
     }

@@ -32,7 +32,8 @@ use sluice_proto::node::v1::{
 use tokio::{net::TcpListener, sync::mpsc};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
+use tonic_types::{ErrorDetails, StatusExt};
 
 const MODEL: &str = "scripted";
 const PROMPT_TOKENS: u64 = 5;
@@ -44,6 +45,8 @@ const OUTPUT_PICO: i64 = 2_000_000;
 struct ScriptedNode {
     refuses: bool,
     dies_after: Option<u64>,
+    /// Computes the prompt, then finds that no token can follow the format asked for.
+    is_lost: bool,
     text: String,
     /// Tokens generated, over all sequences.
     generated: Arc<AtomicU64>,
@@ -51,7 +54,8 @@ struct ScriptedNode {
 
 impl Default for ScriptedNode {
     fn default() -> Self {
-        ScriptedNode { refuses: false, dies_after: None, text: "w ".into(), generated: Arc::default() }
+        let text = "w ".to_owned();
+        ScriptedNode { refuses: false, dies_after: None, is_lost: false, text, generated: Arc::default() }
     }
 }
 
@@ -103,6 +107,13 @@ impl ScriptedNode {
         let Some(Command::Start(start)) = first else { panic!("start comes first") };
         let mut grant: Grant = start.grant.expect("a first grant");
         let (mut output_tokens, mut sequence_number) = (0, 0);
+        if self.is_lost {
+            drop(frames.send(Ok(frame(&mut sequence_number, None, output_tokens))).await);
+            let details = ErrorDetails::with_bad_request_violation("constraint", "could not be followed");
+            let lost = Status::with_error_details(Code::InvalidArgument, "constraint", details);
+            drop(frames.send(Err(lost)).await);
+            return;
+        }
         let reason = loop {
             if output_tokens == u64::from(start.output_tokens_max) {
                 break FinishReason::Length;
@@ -129,19 +140,18 @@ impl ScriptedNode {
             output_tokens += 1;
             self.generated.fetch_add(1, Ordering::SeqCst);
             let delta = Event::Delta(Delta { text: self.text.clone(), ids: vec![7], ..Delta::default() });
-            if frames.send(Ok(frame(&mut sequence_number, delta, output_tokens))).await.is_err() {
+            if frames.send(Ok(frame(&mut sequence_number, Some(delta), output_tokens))).await.is_err() {
                 return;
             }
         };
         let finished = Event::Finished(Finished { reason: reason.into(), stop_string: String::new() });
-        drop(frames.send(Ok(frame(&mut sequence_number, finished, output_tokens))).await);
+        drop(frames.send(Ok(frame(&mut sequence_number, Some(finished), output_tokens))).await);
     }
 }
 
-fn frame(sequence_number: &mut u64, event: Event, output_tokens: u64) -> GenerateResponse {
+fn frame(sequence_number: &mut u64, event: Option<Event>, output_tokens: u64) -> GenerateResponse {
     let usage = Usage { input_tokens: PROMPT_TOKENS, cached_input_tokens: 0, output_tokens };
-    let response =
-        GenerateResponse { sequence_number: *sequence_number, event: Some(event), usage: Some(usage) };
+    let response = GenerateResponse { sequence_number: *sequence_number, event, usage: Some(usage) };
     *sequence_number += 1;
     response
 }
@@ -295,6 +305,20 @@ async fn a_node_that_dies_midway_is_told_and_what_was_delivered_is_billed() {
     };
     tokio::time::timeout(Duration::from_secs(20), refused()).await.expect("the node comes up again");
     assert_eq!(gateway.billed().await, (1, 7));
+}
+
+#[tokio::test]
+async fn a_format_that_cannot_be_followed_pays_for_the_prompt() {
+    let node = ScriptedNode { is_lost: true, ..ScriptedNode::default() };
+    let gateway = Gateway::start(&[node], RICH, Limits::default()).await;
+    for (requests, streamed) in [(1, false), (2, true)] {
+        let response = gateway.chat(50, streamed).await;
+        assert_eq!(response.status(), 400);
+        let error: Value = response.json().await.expect("JSON");
+        assert_eq!(error["error"]["param"], "response_format", "{error}");
+        assert_eq!(gateway.billed().await, (requests, 0));
+        assert_eq!(gateway.app.billing.stats().voided, 0);
+    }
 }
 
 #[tokio::test]

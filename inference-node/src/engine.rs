@@ -165,7 +165,7 @@ impl Odometer {
 pub enum EngineError {
     #[error("the engine thread cannot start: {0}")]
     Thread(std::io::Error),
-    #[error("--cache-dir: {0}")]
+    #[error("--cache-dir")]
     CacheDir(#[from] FolderError),
 }
 

@@ -211,6 +211,19 @@ impl NodeOptions {
             if field.ends_with("threads") && value > THREADS_MAX {
                 return refuse(field, format!("must be at most {THREADS_MAX}"));
             }
+            if matches!(field, "slots" | "waiting-max") && value > SEQUENCES_MAX {
+                return refuse(field, format!("must be at most {SEQUENCES_MAX}"));
+            }
+        }
+        for (field, value_ms) in [
+            ("grant-idle-ms", self.grant_idle_ms),
+            ("grant-patience-ms", self.grant_patience_ms),
+            ("cache-wait-ms", self.cache_wait_ms),
+            ("constraint-wait-ms", self.constraint_wait_ms),
+        ] {
+            if value_ms > WAIT_MS_MAX {
+                return refuse(field, format!("must be at most {WAIT_MS_MAX}, a day"));
+            }
         }
         if self.step_tokens_max <= self.slots {
             let reason =
@@ -287,6 +300,10 @@ pub enum StartError {
     Engine(#[from] EngineError),
 }
 
+/// Waits beyond a day are a typing error.
+const WAIT_MS_MAX: u64 = 24 * 3600 * 1000;
+/// Sequences that run or wait beyond this are a typing error.
+const SEQUENCES_MAX: usize = 1 << 20;
 /// Threads beyond this are a typing error.
 const THREADS_MAX: usize = 1024;
 /// Beyond this there is no bound worth the name: `--step-tokens-max` sets it.

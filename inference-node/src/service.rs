@@ -436,9 +436,13 @@ impl Reply {
             None => {}
             Some(Ending::Broken(reason)) => {
                 tracing::error!(request_id = self.request_id, reason, "a sequence broke");
+                self.response(None, usage);
                 self.frames.push_back(Err(Status::internal("the node failed while it generated")));
             }
-            Some(Ending::Constraint(reason)) => self.frames.push_back(Err(invalid("constraint", reason))),
+            Some(Ending::Constraint(reason)) => {
+                self.response(None, usage);
+                self.frames.push_back(Err(invalid("constraint", reason)));
+            }
             Some(ending) => self.frame(Event::Finished(finished(ending)), usage),
         }
     }
@@ -466,9 +470,14 @@ impl Reply {
     }
 
     fn frame(&mut self, event: Event, usage: Usage) {
+        self.response(Some(event), usage);
+    }
+
+    /// Without an event it says no more than what was computed: before an error, which cannot.
+    fn response(&mut self, event: Option<Event>, usage: Usage) {
         let response = proto::GenerateResponse {
             sequence_number: self.sequence_number,
-            event: Some(event),
+            event,
             usage: Some(proto::Usage {
                 input_tokens: usage.input_tokens,
                 cached_input_tokens: usage.cached_input_tokens,

@@ -7,7 +7,7 @@ use super::bench_mixer;
 use crate::engine::mailbox::{Ending, Grant};
 use crate::engine::{Answer, Submission};
 use crate::kernel::{Cpu, Dtype, Roofline};
-use crate::model::Cost;
+use crate::model::{Cost, LoadOptions};
 use crate::node::{Node, NodeOptions};
 use anyhow::{bail, ensure};
 use std::path::PathBuf;
@@ -15,6 +15,10 @@ use std::time::{Duration, Instant};
 
 /// A prompt that reaches every expert, and no longer: a long prompt is not computed twice.
 const WARM_UP_TOKENS: usize = 512;
+
+/// Beyond these a figure is a typing error.
+const BATCH_MAX: usize = 4096;
+pub(super) const TOKENS_MAX: usize = 1 << 26;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -60,19 +64,27 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     ensure!(args.prompt_tokens > 0, "--prompt-tokens must be at least 1");
     ensure!(args.new_tokens > 1, "--new-tokens must be at least 2: the first comes with the prompt");
     ensure!(args.batch > 0, "--batch must be at least 1");
+    let threads = args.threads.unwrap_or(LoadOptions::default().threads);
+    if args.mixer {
+        return bench_mixer::run(&args.model, args.prompt_tokens, threads, args.json);
+    }
+    ensure!(args.batch <= BATCH_MAX, "--batch must be at most {BATCH_MAX}");
+    ensure!(
+        args.prompt_tokens.max(args.new_tokens) <= TOKENS_MAX,
+        "--prompt-tokens and --new-tokens must be at most {TOKENS_MAX}"
+    );
+    if let Some(step) = args.step_tokens_max {
+        ensure!(step > args.batch, "--step-tokens-max must be more than --batch ({})", args.batch);
+    }
     let mut options = NodeOptions::new(&args.model);
     options.slots = args.batch;
     options.waiting_max = args.batch;
     options.dtype = args.dtype;
-    options.threads = args.threads.unwrap_or(options.threads);
+    options.threads = threads;
     options.step_tokens_max = args.step_tokens_max.unwrap_or(options.step_tokens_max.max(args.batch * 2));
     // What is measured is computed, every time.
     options.cache_ram_bytes = 0;
     options.cache_tokens = Some(args.batch * (args.prompt_tokens + args.new_tokens).next_multiple_of(256));
-    if args.mixer {
-        return bench_mixer::run(&args.model, args.prompt_tokens, options.threads, args.json);
-    }
-    let threads = options.threads;
     let load_started_at = Instant::now();
     let node = Node::start(options)?;
     let load_s = load_started_at.elapsed().as_secs_f64();

@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, ensure};
 
+use super::bench::TOKENS_MAX;
 use crate::config::ModelConfig;
 use crate::kernel::{AttentionSpan, Cpu, Decay, Heads, Kernel, LightningSpan};
 use crate::state::{BLOCK_TOKENS, LightningState, Page};
@@ -19,9 +20,12 @@ const DECODE_STEPS: usize = 33;
 
 pub(super) fn run(model: &Path, length: usize, threads: usize, json: bool) -> anyhow::Result<()> {
     ensure!(threads > 0, "--threads must be at least 1");
+    ensure!(length <= TOKENS_MAX, "--prompt-tokens must be at most {TOKENS_MAX}");
     let path = model.join("config.json");
     let bytes = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
     let config = ModelConfig::parse(&bytes).with_context(|| path.display().to_string())?;
+    let context = config.context_tokens_max;
+    ensure!(length <= context, "--prompt-tokens is {length}, more than the context of {context}");
     let mut bench = Bench::new(&config, threads);
     let (lightning, softmax) = (bench.lightning(length), bench.softmax(length));
     if json {

@@ -21,7 +21,7 @@ use std::time::{Duration, SystemTime};
 /// Why the folder cannot be used at all.
 #[derive(Debug, thiserror::Error)]
 pub enum FolderError {
-    #[error("{}: {source}", path.display())]
+    #[error("{}", path.display())]
     Io { path: PathBuf, source: io::Error },
     #[error(
         "{} can be entered by others (mode {mode:o}) and holds other things: name a folder of its own, or chmod 700 it",
