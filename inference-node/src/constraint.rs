@@ -14,6 +14,7 @@
 mod compile;
 mod guide;
 mod masks;
+mod schema;
 mod tools;
 mod vocabulary;
 

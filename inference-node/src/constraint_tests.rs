@@ -115,6 +115,57 @@ fn a_schema_lets_through_what_is_valid_under_it() {
     bench.stops(&Constraint::JsonObject, &["[]", "1", "{", "{}{}"]);
 }
 
+/// llguidance would take each of the texts that are stopped here.
+#[test]
+fn keys_in_disguise_are_stopped() {
+    let bench = Bench::new(ToolFormat::Object);
+    let open = schema(
+        json!({"anyOf": [{"required": ["a"]}, {}], "properties": {"a": {"type": "integer"}}, "type": "object"}),
+    );
+    bench.takes(&open, &["{}", r#"{"a":1}"#, r#"{"a":1,"b":"x","ab":[1]}"#, r#"{"b c":{"a":"x"}}"#]);
+    bench.stops(
+        &open,
+        &[r#"{"a":"x"}"#, r#"{"\u0061":"x"}"#, r#"{"a":1,"\u0061":"x"}"#, r#"{"a":1,"a":"x"}"#],
+    );
+    let typed = schema(json!({
+        "type": "object",
+        "properties": {"a": {"type": "integer"}, "name": {"type": "null"}},
+        "additionalProperties": {"type": "string"},
+        "required": ["a"],
+    }));
+    bench.takes(&typed, &[r#"{"a":1}"#, r#"{"a":1,"name":null,"b":"x","names":"y"}"#]);
+    bench.stops(
+        &typed,
+        &[r#"{"a":1,"b":2}"#, r#"{"a":1,"name":"x"}"#, r#"{"a":1,"\u0061":"x"}"#, r#"{"b":"x"}"#],
+    );
+    let both = schema(json!({"allOf": [
+        {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
+        {"type": "object", "properties": {"b": {"type": "integer"}}, "required": ["b"]},
+    ]}));
+    bench.takes(&both, &[r#"{"a":1,"b":2}"#, r#"{"a":1,"b":2,"c":"x"}"#]);
+    bench.stops(&both, &[r#"{"a":1}"#, r#"{"a":1,"b":2,"\u0062":"x"}"#]);
+    let by_pattern = schema(json!({"type": "object", "patternProperties": {"^a": {"type": "integer"}}}));
+    bench.takes(&by_pattern, &["{}", r#"{"ab":1}"#]);
+    bench.stops(&by_pattern, &[r#"{"ab":"x"}"#, r#"{"\u0061b":"x"}"#]);
+}
+
+/// A grammar that has not begun when the wait is over may be asked for again; one that has is refused.
+#[test]
+fn only_a_grammar_that_takes_long_itself_is_at_fault() {
+    let tokenizer = tokenizer();
+    let limits = ConstraintLimits { compile_wait_max: Duration::from_millis(1), ..limits() };
+    let grammars = Grammars::start(&tokenizer, &[END], None, limits).expect("a thread starts");
+    let slow = || Constraint::Lark(format!("start: {}", "\"a\" ".repeat(60_000)));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
+    let (first, second) = runtime.block_on(async {
+        let first = grammars.plan(slow(), vec![]).await;
+        (first, grammars.plan(Constraint::JsonObject, vec![]).await)
+    });
+    let first = first.err().expect("it takes longer");
+    assert!(matches!(&first, Refused::Invalid { reason, .. } if reason.contains("within 1 ms")), "{first}");
+    assert_eq!(second.err(), Some(Refused::Busy));
+}
+
 #[test]
 fn patterns_and_grammars() {
     let bench = Bench::new(ToolFormat::Object);
@@ -192,6 +243,8 @@ fn what_cannot_be_is_refused_by_name() {
     bench.refuses(Constraint::JsonSchema(" ".repeat(257 << 10)), field, "at most 262144");
     bench.refuses(Constraint::Regex("a(".into()), "constraint.regex", "");
     bench.refuses(Constraint::Regex("(?=a)b".into()), "constraint.regex", "");
+    bench.refuses(Constraint::Regex("abc\\".into()), "constraint.regex", "regular expression");
+    bench.refuses(schema(json!({"items": {"multipleOf": 9_999_991}})), field, "/items/multipleOf");
     bench.refuses(Constraint::Lark("start: nowhere".into()), "constraint.lark", "nowhere");
     bench.refuses(Constraint::Lark("".into()), "constraint.lark", "");
 
@@ -233,6 +286,13 @@ fn hostile_sources_do_no_harm() {
             json!({"type": "array", "minItems": 100_000, "items": {"type": "array", "minItems": 100_000}}),
         ),
         schema(json!({"anyOf": wide})),
+        schema(
+            json!({"anyOf": [{"multipleOf": 999}, {"multipleOf": 0.999}, {"multipleOf": 37}, {"multipleOf": 27}]}),
+        ),
+        schema(json!({"type": "array", "maxItems": 1_000_000_000_000_000_000u64, "minItems": 1_000_000})),
+        schema(json!({"type": "string", "maxLength": 2_147_483_647})),
+        schema(json!({"type": "number", "minimum": 1.234567e-300, "maximum": 1.7e308})),
+        schema(json!({"type": "integer", "minimum": -1.7e308, "maximum": 1.7e308})),
         schema(json!({"type": "string", "pattern": "^((a{1,1000}){1,1000}){1,1000}$"})),
         Constraint::Regex("(((a{1,500}){1,500}){1,500}){1,500}".into()),
         Constraint::Regex(deep("(", ")", 90)),

@@ -5,6 +5,7 @@
 //! the clock. Threads have a stack that the deepest text allowed cannot exhaust.
 
 use super::guide::{Mask, Plan};
+use super::schema::{check_pattern, enforceable};
 use super::tools::ToolFormat;
 use super::{Constraint, vocabulary};
 use crate::tokenizer::Tokenizer;
@@ -24,7 +25,7 @@ use tokio::sync::oneshot;
 pub struct ConstraintLimits {
     /// Longest schema, pattern, grammar or list of tools.
     pub source_bytes_max: usize,
-    /// How long a request waits for its grammar.
+    /// How long a request waits for a thread, and then for its grammar.
     pub compile_wait_max: Duration,
     pub compile_threads: usize,
     /// Grammars that wait for a thread.
@@ -50,8 +51,9 @@ const REASON_CHARS_MAX: usize = 400;
 pub enum Refused {
     #[error("{field}: {reason}")]
     Invalid { field: String, reason: String },
-    #[error("{waiting} grammars wait to be compiled")]
-    Busy { waiting: usize },
+    /// Others come first: later it may well be compiled.
+    #[error("too many grammars wait to be compiled")]
+    Busy,
 }
 
 pub(super) fn invalid(field: impl Into<String>, reason: impl Into<String>) -> Refused {
@@ -67,6 +69,7 @@ pub struct Grammars {
 struct Job {
     constraint: Constraint,
     resume_ids: Vec<u32>,
+    begun: oneshot::Sender<()>,
     done: oneshot::Sender<Result<Plan, Refused>>,
 }
 
@@ -101,12 +104,17 @@ impl Grammars {
     /// Dropped, the work is done for nobody, within its limits.
     pub async fn plan(&self, constraint: Constraint, resume_ids: Vec<u32>) -> Result<Plan, Refused> {
         let field = constraint.field();
+        let (begun, beginning) = oneshot::channel();
         let (done, outcome) = oneshot::channel();
-        self.jobs.try_send(Job { constraint, resume_ids, done }).map_err(|error| match error {
-            TrySendError::Full(_) => Refused::Busy { waiting: self.limits.compile_waiting_max },
+        self.jobs.try_send(Job { constraint, resume_ids, begun, done }).map_err(|error| match error {
+            TrySendError::Full(_) => Refused::Busy,
             TrySendError::Disconnected(_) => invalid(field, "cannot be compiled"),
         })?;
         let wait = self.limits.compile_wait_max;
+        // Time spent behind others says nothing about this grammar.
+        if tokio::time::timeout(wait, beginning).await.is_err() {
+            return Err(Refused::Busy);
+        }
         match tokio::time::timeout(wait, outcome).await {
             Ok(Ok(outcome)) => outcome,
             Ok(Err(_)) => Err(invalid(field, "cannot be compiled")),
@@ -119,8 +127,9 @@ fn work(compiler: &Compiler, queue: &Mutex<Receiver<Job>>) {
     loop {
         // Held while waiting: the others wait for the lock instead, and one wakes for each job.
         let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(Job { constraint, resume_ids, done }) = job else { return };
-        if done.is_closed() {
+        let Ok(Job { constraint, resume_ids, begun, done }) = job else { return };
+        if begun.send(()).is_err() {
+            // Nobody waits for it any more.
             continue;
         }
         // A thread that died of one grammar would be missed by the next.
@@ -171,6 +180,7 @@ impl Compiler {
             Constraint::JsonObject => self.matcher(schema_grammar(json!({"type": "object"}))),
             Constraint::Regex(pattern) => {
                 check_nesting(pattern, false, field)?;
+                check_pattern(pattern).map_err(|reason| invalid(field, reason))?;
                 self.matcher(TopLevelGrammar::from_regex(pattern))
             }
             Constraint::Lark(grammar) => {
@@ -207,7 +217,10 @@ fn json_schema(text: &str, field: &str) -> Result<TopLevelGrammar, Refused> {
         Ok(Value::Object(schema)) if schema.contains_key(OPTIONS) => {
             Err(invalid(field, format!("holds the keyword {OPTIONS:?}, which is not taken")))
         }
-        Ok(schema @ Value::Object(_)) => Ok(schema_grammar(schema)),
+        Ok(schema @ Value::Object(_)) => match enforceable(&schema) {
+            Ok(schema) => Ok(schema_grammar(schema)),
+            Err(reason) => Err(invalid(field, reason)),
+        },
         Ok(_) => Err(invalid(field, "must be a JSON object")),
         Err(error) => Err(invalid(field, format!("is not JSON: {error}"))),
     }

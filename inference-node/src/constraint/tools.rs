@@ -10,6 +10,7 @@
 //! conform to the tool's schema.
 
 use super::compile::{Refused, invalid, with_options};
+use super::schema::enforceable;
 use serde_json::{Value, json};
 
 /// How a model writes calls.
@@ -181,13 +182,15 @@ impl Tool {
             fields.entry("additionalProperties").or_insert(Value::Bool(false));
         }
         let is_object = schema["type"] == "object";
-        let schema = with_options(schema);
         let outcome = match is_object {
-            true => compiles(&schema),
+            true => enforceable(&schema).and_then(|schema| {
+                let schema = with_options(schema);
+                compiles(&schema).map(|()| schema)
+            }),
             false => Err("must be of type object".to_owned()),
         };
         match outcome {
-            Ok(()) => Ok(schema),
+            Ok(schema) => Ok(schema),
             Err(reason) if self.strict => Err(invalid(field, reason)),
             // As OpenAI has it: without `strict`, arguments follow the schema as well as they can.
             Err(_) => Ok(with_options(json!({"type": "object"}))),

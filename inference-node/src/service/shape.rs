@@ -71,7 +71,7 @@ fn tool_calls(calls: &proto::ToolCalls) -> Result<ToolCalls, Status> {
 pub(super) fn not_compiled(refused: Refused) -> Status {
     match refused {
         Refused::Invalid { field, reason } => invalid(&field, &reason),
-        Refused::Busy { .. } => {
+        Refused::Busy => {
             let details = ErrorDetails::with_retry_info(Some(GRAMMARS_BUSY_RETRY));
             Status::with_error_details(Code::ResourceExhausted, refused.to_string(), details)
         }
