@@ -258,7 +258,10 @@ pub struct Constraint {
 pub mod constraint {
     #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
     pub enum Kind {
-        /// A JSON schema: the output is one JSON value that is valid under it. Unknown and unsupported keywords are refused.
+        /// A JSON schema: the output is one JSON value that is valid under it. Unknown and unsupported keywords are refused,
+        /// but for annotations; so are references to another document, multipleOf beyond 1,000 (without its decimal point)
+        /// and minProperties that is not met by required properties. Beside declared properties, additional ones have names
+        /// that JSON writes without escapes; beside patternProperties there are none.
         #[prost(string, tag = "1")]
         JsonSchema(::prost::alloc::string::String),
         /// Any JSON object.
