@@ -178,7 +178,10 @@ struct Gaps {
 
 impl Gaps {
     fn of(mut gaps: Vec<Duration>, when: &str) -> anyhow::Result<Gaps> {
-        ensure!(!gaps.is_empty(), "no stream had two tokens {when}: watch longer, send a longer prompt, or give streams more tokens");
+        ensure!(
+            !gaps.is_empty(),
+            "no stream had two tokens {when}: watch longer, send a longer prompt, or give streams more tokens"
+        );
         gaps.sort_unstable();
         // The nearest rank: the smallest gap that this share of all gaps does not exceed.
         let rank = |percent: usize| gaps[(gaps.len() * percent).div_ceil(100) - 1];
