@@ -161,7 +161,7 @@ fn only_a_grammar_that_takes_long_itself_is_at_fault() {
         let first = grammars.plan(slow(), vec![]).await;
         (first, grammars.plan(Constraint::JsonObject, vec![]).await)
     });
-    let first = first.err().expect("it takes longer");
+    let Err(first) = first else { panic!("it takes longer") };
     assert!(matches!(&first, Refused::Invalid { reason, .. } if reason.contains("within 1 ms")), "{first}");
     assert_eq!(second.err(), Some(Refused::Busy));
 }
