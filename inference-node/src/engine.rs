@@ -7,6 +7,9 @@
 //!      +------- Mailbox <-----------+            nothing in a step waits for a client
 //! ```
 //!
+//! The file is long because the step is one owner's work, read from top to bottom: what it hands out has modules of its own ([`mailbox`],
+//! `caching`, `pace`, `room`, `sequence`).
+//!
 //! Clients reach it through an [`EngineHandle`]; each sequence has a [`Mailbox`] for what follows. Dropping an
 //! [`Answer`] cancels its sequence before the next step.
 
