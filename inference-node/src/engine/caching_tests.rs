@@ -291,7 +291,6 @@ proptest! {
                     let usage = outcome.usage;
                     prop_assert_eq!(usage.input_tokens + usage.cached_input_tokens, submission.prompt_ids.len() as u64);
                     prop_assert!(usage.input_tokens > 0, "the last token is computed");
-                    prop_assert!(usage.cached_input_tokens < 300 + 20);
                 }
                 let odometer = warm.engine().odometer();
                 prop_assert!(odometer.cache_ram_bytes.load(Ordering::Relaxed) <= ram_bytes);

@@ -42,11 +42,13 @@ impl Machine {
     }
 }
 
+/// Machines whose attention is up to 10 times as slow as the count of its multiplications says.
 fn machine() -> impl Strategy<Value = Machine> {
-    (0.0005f64..0.05, 0.00002f64..0.005, 0.0f64..1e-7).prop_map(|(step_s, token_s, attention_s)| Machine {
+    let growth = pace(2.5).cost_growth;
+    (0.0005f64..0.05, 0.00002f64..0.005, 0.0f64..10.0).prop_map(move |(step_s, token_s, slower)| Machine {
         step_s,
         token_s,
-        attention_s,
+        attention_s: token_s * growth * slower,
     })
 }
 
