@@ -179,7 +179,8 @@ impl Events {
             *sum += part;
         }
         let [input_tokens, cached_input_tokens, output_tokens] = tokens.map(i64::unsigned_abs);
-        let quantities = Quantities { input_tokens, cached_input_tokens, output_tokens };
+        let quantities =
+            Quantities { input_tokens, cached_input_tokens, output_tokens, ..Quantities::default() };
         let hash = PriceBookHash::from_stored(event.price_book.clone());
         let book = catalog.get(&hash).map_err(|error| error.to_string())?;
         let lines = book.price(&event.model, &quantities).map_err(|error| error.to_string())?;

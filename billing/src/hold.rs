@@ -132,6 +132,7 @@ impl Hold {
             cached_input_tokens,
             input_tokens: outcome.input_tokens.min(request.input_tokens - cached_input_tokens),
             output_tokens: outcome.output_tokens.min(self.granted),
+            ..Quantities::default()
         };
         let counted = outcome
             .input_tokens
@@ -155,6 +156,7 @@ impl Hold {
             api_key: request.api_key.clone(),
             user: request.user.clone(),
             model: request.model.clone(),
+            service_tier: request.service_tier,
             node: outcome.node.clone(),
             quantities,
             overrun_tokens,

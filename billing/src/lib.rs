@@ -49,7 +49,9 @@ pub use audit::{Audit, Check};
 pub use books::Books;
 pub use clock::Clock;
 pub use error::{AdmitError, BillingError, SettleError};
-pub use event::{AccountId, AdmitRequest, FinishReason, Outcome, Quantities, RequestId, UsageEvent};
+pub use event::{
+    AccountId, AdmitRequest, FinishReason, Outcome, Quantities, RequestId, ServiceTier, UsageEvent,
+};
 pub use hold::{Hold, VoidCause};
 pub use ledger::{AccountKind, Balance, CreditGrant};
 pub use money::{Money, MoneyError, PICO_PER_USD, Total};

@@ -11,7 +11,7 @@ use std::{
 
 use sluice_billing::{
     AccountId, AccountKind, AdmitRequest, Audit, Billing, BillingError, BillingLimits, BillingOptions, Clock,
-    CreditGrant, FinishReason, Money, Outcome, PriceBook, RequestId,
+    CreditGrant, FinishReason, Money, Outcome, PriceBook, RequestId, ServiceTier,
 };
 use sqlx::{
     SqlitePool,
@@ -90,6 +90,7 @@ pub fn request(input_tokens: u64, output_tokens_max: u64) -> AdmitRequest {
         api_key: "key".into(),
         user: String::new(),
         model: "m".into(),
+        service_tier: ServiceTier::Default,
         input_tokens,
         output_tokens_max,
         admitted_at: START,
