@@ -118,6 +118,9 @@ pub struct UsageEvent {
     pub admitted_at_ms: i64,
     pub price_book: PriceBookHash,
     pub cost: Money,
+    /// The budget windows that the hold drew on, by their keys.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub budgets: Vec<String>,
 }
 
 impl AccountId {
