@@ -20,6 +20,7 @@
 //! | durable before answered | `outbox` |
 //! | exactly once | `ship` |
 //! | is it all true? | `audit` |
+//! | files for others | `export` |
 //! | two databases, one SQL | `database`, `counter` |
 
 mod audit;
@@ -31,6 +32,7 @@ mod counter;
 mod database;
 mod error;
 mod event;
+mod export;
 mod fund;
 mod hold;
 mod lease;
@@ -61,6 +63,10 @@ pub use database::{
 pub use error::{AdmitError, BillingError, SettleError};
 pub use event::{
     AccountId, AdmitRequest, FinishReason, Outcome, Quantities, RequestId, ServiceTier, UsageEvent,
+};
+pub use export::{
+    Dataset, ExportError, ExportFilter, ExportOptions, ExportRange, ExportReport, FileRecord, Format,
+    Manifest, Progress, Range, Settings, verify as verify_export,
 };
 pub use hold::{Hold, VoidCause};
 pub use ledger::{AccountKind, Balance, CreditGrant};

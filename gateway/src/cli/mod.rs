@@ -1,6 +1,7 @@
 //! The command line. `sluice --help` teaches; every command takes `--json` for scripts: results on stdout, logs
 //! and errors on stderr.
 
+mod export;
 mod keys;
 mod money;
 
@@ -53,6 +54,8 @@ enum Command {
     Migrate(MigrateArgs),
     /// Check the books: every transaction, line, rollup and balance. Fails if one does not hold.
     Audit(money::AuditArgs),
+    /// Usage and cost as CSV, JSON Lines, Parquet, FOCUS 1.2 or 1.4.
+    Export(export::ExportArgs),
 }
 
 /// Where the configuration comes from; the same for every command.
@@ -154,6 +157,7 @@ impl Cli {
             Command::Credit(args) => args.run().await,
             Command::Migrate(args) => args.run().await,
             Command::Audit(args) => args.run().await,
+            Command::Export(args) => args.run().await,
         }
     }
 }
