@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use sqlx::SqliteConnection;
 use time::OffsetDateTime;
 
 use crate::{
+    args,
+    database::Conn,
     error::BillingError,
     price::{PriceBook, PriceBookHash},
 };
@@ -17,7 +18,7 @@ pub(crate) struct Catalog {
 }
 
 impl Catalog {
-    pub async fn load(conn: &mut SqliteConnection) -> Result<Catalog, BillingError> {
+    pub async fn load(conn: &mut Conn) -> Result<Catalog, BillingError> {
         let mut books = Vec::new();
         for (hash, canonical) in stored(conn).await? {
             let corrupt = |source| BillingError::Corrupt { table: "price_books", source };
@@ -48,27 +49,24 @@ impl Catalog {
 }
 
 /// Stores a book; a known one changes nothing.
-pub(crate) async fn apply(conn: &mut SqliteConnection, book: &PriceBook) -> Result<(), BillingError> {
-    sqlx::query(
-        "INSERT INTO price_books (hash, effective_from_s, canonical) VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
+pub(crate) async fn apply(conn: &mut Conn, book: &PriceBook) -> Result<(), BillingError> {
+    conn.execute(
+        "INSERT INTO price_books (hash, effective_from_s, canonical) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
+        args![book.hash().as_str(), book.effective_from().unix_timestamp(), &book.canonical()],
     )
-    .bind(book.hash().as_str())
-    .bind(book.effective_from().unix_timestamp())
-    .bind(book.canonical())
-    .execute(conn)
     .await?;
     Ok(())
 }
 
 /// Whether another process has applied a book since this catalog was read.
-pub(crate) async fn has_grown(conn: &mut SqliteConnection, catalog: &Catalog) -> Result<bool, BillingError> {
-    let (count,): (i64,) = sqlx::query_as("SELECT count(*) FROM price_books").fetch_one(conn).await?;
+pub(crate) async fn has_grown(conn: &mut Conn, catalog: &Catalog) -> Result<bool, BillingError> {
+    let (count,): (i64,) = conn.fetch_one("SELECT count(*) FROM price_books", args![]).await?;
     Ok(count != catalog.len() as i64)
 }
 
 /// (hash, canonical form), in the order of coming into force.
-pub(crate) async fn stored(conn: &mut SqliteConnection) -> Result<Vec<(String, String)>, BillingError> {
-    Ok(sqlx::query_as("SELECT hash, canonical FROM price_books ORDER BY effective_from_s, ordinal")
-        .fetch_all(conn)
+pub(crate) async fn stored(conn: &mut Conn) -> Result<Vec<(String, String)>, BillingError> {
+    Ok(conn
+        .fetch_all("SELECT hash, canonical FROM price_books ORDER BY effective_from_s, ordinal", args![])
         .await?)
 }

@@ -18,12 +18,32 @@ pub struct AccountId(String);
 #[serde(transparent)]
 pub struct RequestId(Uuid);
 
-/// Token classes of one request. They do not overlap: `input + cached_input` is the whole prompt.
+/// What one request used, by class. Classes do not overlap: `input + cached_input` is the whole prompt, and
+/// `output + reasoning` is everything that was generated.
+///
+/// A class that an older version did not write is 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Quantities {
     pub input_tokens: u64,
     pub cached_input_tokens: u64,
     pub output_tokens: u64,
+    pub reasoning_tokens: u64,
+    /// Characters of text that were spoken.
+    pub characters: u64,
+    /// Seconds of sound, each begun one whole.
+    pub seconds: u64,
+    pub images: u64,
+}
+
+/// How soon an answer is wanted, and so by which prices it is billed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ServiceTier {
+    #[default]
+    Default,
+    Batch,
+    Priority,
 }
 
 /// Why generation ended.
@@ -54,6 +74,7 @@ pub struct AdmitRequest {
     /// The end user that the client named; empty when it named none.
     pub user: String,
     pub model: String,
+    pub service_tier: ServiceTier,
     /// The exact number of prompt tokens, cached ones included.
     pub input_tokens: u64,
     pub output_tokens_max: u64,
@@ -84,6 +105,8 @@ pub struct UsageEvent {
     pub api_key: String,
     pub user: String,
     pub model: String,
+    #[serde(default)]
+    pub service_tier: ServiceTier,
     pub node: String,
     pub quantities: Quantities,
     /// Tokens that the engine counted beyond what the hold covered. They are waste of the operator, never billed.
@@ -95,6 +118,9 @@ pub struct UsageEvent {
     pub admitted_at_ms: i64,
     pub price_book: PriceBookHash,
     pub cost: Money,
+    /// The budget windows that the hold drew on, by their keys.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub budgets: Vec<String>,
 }
 
 impl AccountId {
@@ -142,6 +168,22 @@ impl fmt::Display for RequestId {
     }
 }
 
+impl ServiceTier {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            ServiceTier::Default => "default",
+            ServiceTier::Batch => "batch",
+            ServiceTier::Priority => "priority",
+        }
+    }
+}
+
+impl fmt::Display for ServiceTier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
 impl FinishReason {
     pub fn as_str(self) -> &'static str {
         match self {
@@ -152,5 +194,27 @@ impl FinishReason {
             FinishReason::Cancelled => "cancelled",
             FinishReason::Error => "error",
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bill_that_an_older_version_left_in_the_outbox_still_reads() {
+        let older = serde_json::json!({
+            "request_id": Uuid::nil(), "account": "acme", "org": "o", "project": "p", "api_key": "k", "user": "u",
+            "model": "m", "node": "n",
+            "quantities": { "input_tokens": 5, "cached_input_tokens": 4, "output_tokens": 3 },
+            "overrun_tokens": 0, "finish_reason": "stop", "time_to_first_token_ms": 7, "duration_ms": 9,
+            "admitted_at_ms": 1, "price_book": "ab", "cost": "0.000001",
+        });
+        let event: UsageEvent = serde_json::from_value(older).expect("the older form is readable");
+        let expected =
+            Quantities { input_tokens: 5, cached_input_tokens: 4, output_tokens: 3, ..Quantities::default() };
+        assert_eq!((event.quantities, event.service_tier), (expected, ServiceTier::Default));
+        let newer = serde_json::to_string(&event).expect("an event is plain data");
+        assert_eq!(serde_json::from_str::<UsageEvent>(&newer).expect("it reads itself"), event);
     }
 }

@@ -326,7 +326,7 @@ mod tests {
 
     #[test]
     fn prices_are_exact_pico_usd_a_token() {
-        let quantities = Quantities { input_tokens: 7, cached_input_tokens: 0, output_tokens: 3 };
+        let quantities = Quantities { input_tokens: 7, output_tokens: 3, ..Quantities::default() };
         let lines = book(BOOK).price("b", &quantities).unwrap();
         let amounts: Vec<_> = lines.iter().map(|line| (line.meter, line.amount.pico())).collect();
         assert_eq!(amounts, [(Meter::Input, 7 * 200_000), (Meter::Output, 3 * 800_000)]);

@@ -9,7 +9,7 @@
 
 use std::{sync::Arc, time::Instant};
 
-use sluice_billing::{AccountId, AdmitRequest, Hold, RequestId};
+use sluice_billing::{AccountId, AdmitRequest, Hold, RequestId, ServiceTier};
 use sluice_proto::node::v1::{
     ChatMessage, ChatPrompt, Constraint, JsonObject, ModelDescription, Start, TokenLogprobs, ToolCallDelta,
     ToolCalls, ToolChoice as NodeToolChoice, constraint::Kind, tokenize_request::Input,
@@ -276,6 +276,7 @@ async fn admit(
             api_key: principal.key_id.clone(),
             user: request.user.as_str().to_owned(),
             model: model.name.clone(),
+            service_tier: ServiceTier::Default,
             input_tokens,
             output_tokens_max,
             admitted_at: OffsetDateTime::now_utc(),

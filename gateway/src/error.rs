@@ -300,7 +300,9 @@ impl From<AuthError> for ApiError {
 impl From<AdmitError> for ApiError {
     fn from(error: AdmitError) -> ApiError {
         match error {
-            AdmitError::InsufficientCredit { .. } => ApiError::InsufficientQuota,
+            AdmitError::InsufficientCredit { .. } | AdmitError::OverBudget { .. } => {
+                ApiError::InsufficientQuota
+            }
             AdmitError::NoPrice { model } => ApiError::NoPrice { model },
             AdmitError::OutboxFull { retry_after } => {
                 ApiError::BillingUnavailable { source: None, retry_after }
