@@ -93,7 +93,10 @@ pub async fn raise(conn: &mut Conn, notice: &Notice) -> Result<bool, BillingErro
 /// The numbers of up to `limit` notices after one, ascending.
 pub async fn ordinals_after(conn: &mut Conn, ordinal: i64, limit: i64) -> Result<Vec<i64>, sqlx::Error> {
     let rows: Vec<(i64,)> = conn
-        .fetch_all("SELECT ordinal FROM notices WHERE ordinal > $1 ORDER BY ordinal LIMIT $2", args![ordinal, limit])
+        .fetch_all(
+            "SELECT ordinal FROM notices WHERE ordinal > $1 ORDER BY ordinal LIMIT $2",
+            args![ordinal, limit],
+        )
         .await?;
     Ok(rows.into_iter().map(|(ordinal,)| ordinal).collect())
 }

@@ -41,7 +41,7 @@ pub use signature::Secret;
 pub use store::{
     Delivery, DeliveryQuery, DeliveryState, Endpoint, EndpointChange, EndpointDraft, WebhookError,
 };
-pub use worker::{Webhooks, WebhookStats};
+pub use worker::{WebhookStats, Webhooks};
 
 /// The event of a test delivery. Everything else that is sent is a notice of billing.
 pub const TEST_EVENT: &str = "webhook.test";

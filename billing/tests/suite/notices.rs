@@ -77,7 +77,10 @@ async fn a_threshold_above_the_balance_is_told_at_once_and_one_that_is_gone_neve
     let nobody = AccountId::new("nobody");
     assert!(matches!(books.low_balance_alert(&nobody).await, Err(BillingError::UnknownAccount(_))));
     for (account, amount) in [(nobody, pico(1)), (account(), Money::ZERO), (account(), pico(-1))] {
-        assert!(books.set_low_balance_alert(&account, Some(amount), START).await.is_err(), "{account} {amount}");
+        assert!(
+            books.set_low_balance_alert(&account, Some(amount), START).await.is_err(),
+            "{account} {amount}"
+        );
     }
 }
 

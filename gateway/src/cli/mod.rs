@@ -3,6 +3,7 @@
 
 mod keys;
 mod money;
+mod webhooks;
 
 use std::{
     io::{IsTerminal, Write},
@@ -51,6 +52,8 @@ enum Command {
     Credit(money::CreditArgs),
     /// Bring the database up to date with this version. `sluice up` does it by itself.
     Migrate(MigrateArgs),
+    /// Who is told of low balances, budgets and invoices: create, list and delete endpoints, replay deliveries.
+    Webhooks(webhooks::WebhooksArgs),
     /// Check the books: every transaction, line, rollup and balance. Fails if one does not hold.
     Audit(money::AuditArgs),
 }
@@ -153,6 +156,7 @@ impl Cli {
             Command::Balance(args) => args.run().await,
             Command::Credit(args) => args.run().await,
             Command::Migrate(args) => args.run().await,
+            Command::Webhooks(args) => args.run().await,
             Command::Audit(args) => args.run().await,
         }
     }

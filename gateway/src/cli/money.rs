@@ -197,7 +197,7 @@ fn parse_day(text: &str) -> Result<Date, String> {
         .map_err(|_| format!("{text:?} is not a day: write YYYY-MM-DD"))
 }
 
-fn parse_money(text: &str) -> Result<Money, String> {
+pub fn parse_money(text: &str) -> Result<Money, String> {
     match Money::from_usd_str(text) {
         Ok(amount) if amount > Money::ZERO => Ok(amount),
         Ok(_) => Err("the amount must be over 0".to_owned()),

@@ -84,12 +84,8 @@ async fn dispatch(conn: &mut Conn, notice: &StoredNotice, now_ms: i64) -> Result
             args![notice.account.as_str()],
         )
         .await?;
-    let event = Event {
-        id: &notice.id,
-        kind: &notice.kind,
-        created_at_ms: notice.created_at_ms,
-        data: data(notice),
-    };
+    let event =
+        Event { id: &notice.id, kind: &notice.kind, created_at_ms: notice.created_at_ms, data: data(notice) };
     for Subscriber { id, events } in subscribers {
         let wanted: Vec<String> = serde_json::from_str(&events).expect("the store writes the list as JSON");
         if wanted.is_empty() || wanted.contains(&notice.kind) {
@@ -126,7 +122,11 @@ async fn raise_floor(conn: &mut Conn, now_ms: i64) -> Result<(), sqlx::Error> {
 }
 
 /// Forgets deliveries that ended longer ago than they are kept.
-pub async fn prune(database: &Database, settings: &WebhookSettings, now_ms: i64) -> Result<u64, WebhookError> {
+pub async fn prune(
+    database: &Database,
+    settings: &WebhookSettings,
+    now_ms: i64,
+) -> Result<u64, WebhookError> {
     let keep_ms = as_stored(settings.retention_days).saturating_mul(24 * 3_600_000);
     let pruned = database
         .read()

@@ -12,14 +12,20 @@ use http::{HeaderMap, HeaderName, HeaderValue, Request, header};
 use http_body_util::{BodyExt, Full};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
-use rustls::{ClientConfig, RootCertStore, pki_types::{CertificateDer, ServerName, pem::PemObject}};
+use rustls::{
+    ClientConfig, RootCertStore,
+    pki_types::{CertificateDer, ServerName, pem::PemObject},
+};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
 };
 use tokio_rustls::TlsConnector;
 
-use super::{WebhookSettings, target::{self, Target}};
+use super::{
+    WebhookSettings,
+    target::{self, Target},
+};
 
 const USER_AGENT: HeaderValue = HeaderValue::from_static(concat!("Sluice/", env!("CARGO_PKG_VERSION")));
 const WEBHOOK_ID: HeaderName = HeaderName::from_static("webhook-id");
@@ -95,11 +101,12 @@ impl Poster {
                 format!("webhooks.ca_file: {} must hold certificates in PEM form", file.display())
             })?;
         }
-        let mut config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-            .with_safe_default_protocol_versions()
-            .context("TLS cannot be set up")?
-            .with_root_certificates(roots)
-            .with_no_client_auth();
+        let mut config =
+            ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+                .with_safe_default_protocol_versions()
+                .context("TLS cannot be set up")?
+                .with_root_certificates(roots)
+                .with_no_client_auth();
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         Ok(Poster { settings, tls: TlsConnector::from(Arc::new(config)) })
     }
@@ -157,10 +164,8 @@ impl Poster {
             .map_err(PostError::Http)?;
         let receiving = async {
             let response = sender.send_request(request).await.map_err(PostError::Http)?;
-            let answer = Answer {
-                status: response.status().as_u16(),
-                retry_after: retry_after(response.headers()),
-            };
+            let answer =
+                Answer { status: response.status().as_u16(), retry_after: retry_after(response.headers()) };
             self.discard(response.into_body()).await;
             Ok(answer)
         };

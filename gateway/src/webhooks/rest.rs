@@ -105,8 +105,7 @@ async fn delete(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<Stri
 async fn rotate(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>) -> Answer {
     let webhooks = &app.webhooks;
     let now_ms = store::now_ms();
-    let secret =
-        store::rotate(webhooks.database(), webhooks.settings(), &caller.org_id, &id, now_ms).await?;
+    let secret = store::rotate(webhooks.database(), webhooks.settings(), &caller.org_id, &id, now_ms).await?;
     let overlap_s = webhooks.settings().rotation_overlap_ms / 1000;
     Ok(Json(json!({
         "object": "webhook_endpoint.secret", "id": id, "secret": secret.reveal(),
@@ -115,8 +114,7 @@ async fn rotate(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<Stri
 }
 
 async fn test(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>) -> Answer {
-    let delivery =
-        store::test(app.webhooks.database(), &caller.org_id, &id, store::now_ms()).await?;
+    let delivery = store::test(app.webhooks.database(), &caller.org_id, &id, store::now_ms()).await?;
     app.webhooks.wake();
     Ok(Json(delivery_json(&delivery)))
 }
@@ -143,8 +141,7 @@ async fn deliveries(State(app): State<Arc<App>>, caller: Caller, RawQuery(query)
 }
 
 async fn replay(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>) -> Answer {
-    let delivery =
-        store::replay(app.webhooks.database(), &caller.org_id, &id, store::now_ms()).await?;
+    let delivery = store::replay(app.webhooks.database(), &caller.org_id, &id, store::now_ms()).await?;
     app.webhooks.wake();
     Ok(Json(delivery_json(&delivery)))
 }
@@ -168,10 +165,7 @@ async fn set_alert(State(app): State<Arc<App>>, caller: Caller, request: Request
     };
     let account = AccountId::new(caller.account_id.clone());
     let books = app.billing.books();
-    books
-        .set_low_balance_alert(&account, threshold, OffsetDateTime::now_utc())
-        .await
-        ?;
+    books.set_low_balance_alert(&account, threshold, OffsetDateTime::now_utc()).await?;
     app.webhooks.wake();
     Ok(Json(alert_json(&account, threshold)))
 }
@@ -216,7 +210,8 @@ impl DeliveriesAsked {
                 "after" => asked.after = Some(value.into_owned()),
                 "limit" => {
                     let limit = value.parse().ok().filter(|limit| (1..=LIMIT_MAX).contains(limit));
-                    asked.limit = limit.ok_or_else(|| refuse(format!("must be between 1 and {LIMIT_MAX}")))?;
+                    asked.limit =
+                        limit.ok_or_else(|| refuse(format!("must be between 1 and {LIMIT_MAX}")))?;
                 }
                 _ => {}
             }
@@ -273,11 +268,14 @@ mod tests {
 
     #[test]
     fn a_query_is_read_and_its_faults_are_named() {
-        let asked = DeliveriesAsked::parse("state=dead&endpoint_id=whe_1&limit=100&other=x").expect("a query");
+        let asked =
+            DeliveriesAsked::parse("state=dead&endpoint_id=whe_1&limit=100&other=x").expect("a query");
         assert_eq!((asked.state, asked.limit), (Some(DeliveryState::Dead), 100));
         assert_eq!(asked.endpoint_id.as_deref(), Some("whe_1"));
         assert_eq!(DeliveriesAsked::parse("").expect("an empty query").limit, LIMIT_DEFAULT);
-        for (query, param) in [("state=lost", "state"), ("limit=0", "limit"), ("limit=101", "limit"), ("limit=", "limit")] {
+        for (query, param) in
+            [("state=lost", "state"), ("limit=0", "limit"), ("limit=101", "limit"), ("limit=", "limit")]
+        {
             let error = DeliveriesAsked::parse(query).expect_err("a fault");
             assert_eq!(error.param(), Some(param), "{query}");
         }

@@ -7,7 +7,12 @@ use super::WebhookSettings;
 /// The pause after attempt number `attempts` (from 1) failed; `None`: that was the last one.
 ///
 /// `draw` is a random number that spreads receivers which failed together; `asked` is the receiver's `retry-after`.
-pub fn pause(settings: &WebhookSettings, attempts: u64, asked: Option<Duration>, draw: u64) -> Option<Duration> {
+pub fn pause(
+    settings: &WebhookSettings,
+    attempts: u64,
+    asked: Option<Duration>,
+    draw: u64,
+) -> Option<Duration> {
     let index = usize::try_from(attempts.checked_sub(1)?).ok()?;
     let delay_ms = *settings.retry_delays_ms.get(index)?;
     // Only later, never earlier: the list says how long a receiver is left alone at the least.
@@ -31,8 +36,10 @@ mod tests {
     #[test]
     fn the_default_schedule_lasts_days_and_ends() {
         let settings = WebhookSettings::default();
-        let pauses: Vec<u64> =
-            (1..).map_while(|attempts| pause(&settings, attempts, None, 0)).map(|pause| pause.as_secs()).collect();
+        let pauses: Vec<u64> = (1..)
+            .map_while(|attempts| pause(&settings, attempts, None, 0))
+            .map(|pause| pause.as_secs())
+            .collect();
         assert_eq!(pauses, [5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400]);
         assert_eq!(pause(&settings, 0, None, 0), None);
     }

@@ -34,9 +34,11 @@ impl Secret {
 
     /// Reads `whsec_BASE64`; the error goes on from the field's name.
     pub fn parse(text: &str) -> Result<Secret, String> {
-        let encoded =
-            text.strip_prefix(PREFIX).ok_or_else(|| format!("must begin with {PREFIX}; leave it out to get one"))?;
-        let bytes = BASE64.decode(encoded).map_err(|_| format!("must be {PREFIX} and base64 with its padding"))?;
+        let encoded = text
+            .strip_prefix(PREFIX)
+            .ok_or_else(|| format!("must begin with {PREFIX}; leave it out to get one"))?;
+        let bytes =
+            BASE64.decode(encoded).map_err(|_| format!("must be {PREFIX} and base64 with its padding"))?;
         match (BYTES_MIN..=BYTES_MAX).contains(&bytes.len()) {
             true => Ok(Secret(bytes)),
             false => Err(format!("must hold {BYTES_MIN} to {BYTES_MAX} bytes, but holds {}", bytes.len())),

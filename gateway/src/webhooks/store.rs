@@ -5,10 +5,7 @@
 //! owner's alone, and are shown only when they are made.
 
 use serde::Serialize;
-use sluice_billing::{
-    Conn, Database, args,
-    notice::NoticeKind,
-};
+use sluice_billing::{Conn, Database, args, notice::NoticeKind};
 use sqlx::FromRow;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use uuid::Uuid;
@@ -189,7 +186,10 @@ pub async fn create(
         .await?;
     if count >= as_stored(settings.endpoints_per_org_max as u64) {
         let most = settings.endpoints_per_org_max;
-        return Err(fault("url", format!("would be one endpoint too many: an organisation has at most {most}")));
+        return Err(fault(
+            "url",
+            format!("would be one endpoint too many: an organisation has at most {most}"),
+        ));
     }
     tx.execute(
         "INSERT INTO webhook_endpoints (id, org_id, account, url, description, events, enabled, created_at_ms, \
@@ -290,9 +290,8 @@ pub async fn update(
 /// Deletes an endpoint with its secrets and deliveries.
 pub async fn delete(database: &Database, org_id: &str, id: &str) -> Result<(), WebhookError> {
     let mut tx = database.write().await?;
-    let deleted = tx
-        .execute("DELETE FROM webhook_endpoints WHERE org_id = $1 AND id = $2", args![org_id, id])
-        .await?;
+    let deleted =
+        tx.execute("DELETE FROM webhook_endpoints WHERE org_id = $1 AND id = $2", args![org_id, id]).await?;
     tx.commit().await?;
     if deleted == 1 { Ok(()) } else { Err(no_endpoint(id)) }
 }
@@ -322,7 +321,9 @@ pub async fn rotate(
     if count >= SECRETS_MAX {
         return Err(fault(
             "id",
-            format!("has {count} secrets in force already; wait until the oldest has ended, or make a new endpoint"),
+            format!(
+                "has {count} secrets in force already; wait until the oldest has ended, or make a new endpoint"
+            ),
         ));
     }
     let ends_at_ms = now_ms.saturating_add(as_stored(settings.rotation_overlap_ms));
@@ -357,7 +358,10 @@ pub async fn test(
     Ok(delivery)
 }
 
-pub async fn deliveries(database: &Database, query: &DeliveryQuery<'_>) -> Result<Vec<Delivery>, WebhookError> {
+pub async fn deliveries(
+    database: &Database,
+    query: &DeliveryQuery<'_>,
+) -> Result<Vec<Delivery>, WebhookError> {
     let listed = database
         .read()
         .await?
@@ -465,7 +469,8 @@ pub async fn secrets(conn: &mut Conn, endpoint_id: &str, now_ms: i64) -> Result<
             args![endpoint_id, now_ms],
         )
         .await?;
-    let parse = |(text,): (String,)| Secret::parse(&text).expect("this module stores secrets as they are read");
+    let parse =
+        |(text,): (String,)| Secret::parse(&text).expect("this module stores secrets as they are read");
     Ok(rows.into_iter().map(parse).collect())
 }
 
@@ -495,9 +500,10 @@ async fn lock(conn: &mut Conn, org_id: &str, id: &str) -> Result<(), WebhookErro
 fn check_description(text: &str) -> Result<(), WebhookError> {
     match text.len() <= DESCRIPTION_BYTES_MAX && !text.chars().any(char::is_control) {
         true => Ok(()),
-        false => {
-            Err(fault("description", format!("must be at most {DESCRIPTION_BYTES_MAX} bytes of printable text")))
-        }
+        false => Err(fault(
+            "description",
+            format!("must be at most {DESCRIPTION_BYTES_MAX} bytes of printable text"),
+        )),
     }
 }
 

@@ -25,16 +25,22 @@ impl Target {
         if text.len() > URL_BYTES_MAX {
             return Err(format!("must be at most {URL_BYTES_MAX} bytes long"));
         }
-        let url = Url::parse(text)
-            .map_err(|error| format!("is not a URL ({error}); write https://HOST/PATH"))?;
+        let url =
+            Url::parse(text).map_err(|error| format!("is not a URL ({error}); write https://HOST/PATH"))?;
         match url.scheme() {
             "https" => {}
             "http" if settings.allow_http => {}
-            "http" => return Err("must begin with https://: the operator permits no other (webhooks.allow_http)".into()),
+            "http" => {
+                return Err(
+                    "must begin with https://: the operator permits no other (webhooks.allow_http)".into()
+                );
+            }
             other => return Err(format!("must begin with https://, not {other}:")),
         }
         if !url.username().is_empty() || url.password().is_some() {
-            return Err("must not carry a user name or a password; receivers check the signature instead".into());
+            return Err(
+                "must not carry a user name or a password; receivers check the signature instead".into()
+            );
         }
         if url.fragment().is_some() {
             return Err("must not end in a fragment (#...): it is never sent".into());
@@ -239,7 +245,8 @@ mod tests {
         let open =
             WebhookSettings { allow_private_addresses: true, allow_http: true, ..WebhookSettings::default() };
         check("http://127.1:9000/hook", &open, "127.0.0.1:9000 9000 /hook");
-        let resolved = ["10.0.0.1:443", "8.8.8.8:443", "[::1]:443"].map(|text| text.parse().expect("an address"));
+        let resolved =
+            ["10.0.0.1:443", "8.8.8.8:443", "[::1]:443"].map(|text| text.parse().expect("an address"));
         assert_eq!(permitted(resolved.into_iter(), &strict), [resolved[1]]);
         assert_eq!(permitted(resolved.into_iter(), &open).len(), 3);
     }

@@ -85,8 +85,12 @@ struct Due {
 enum Verdict {
     Delivered,
     /// Again at this moment.
-    Again { at_ms: i64 },
-    Dead { switch_off: bool },
+    Again {
+        at_ms: i64,
+    },
+    Dead {
+        switch_off: bool,
+    },
 }
 
 impl Webhooks {
@@ -95,7 +99,10 @@ impl Webhooks {
         anyhow::ensure!(settings.timeout_ms > 0, "webhooks.timeout_ms must be over 0");
         anyhow::ensure!(settings.poll_interval_ms > 0, "webhooks.poll_interval_ms must be over 0");
         anyhow::ensure!(settings.addresses_max > 0, "webhooks.addresses_max must be over 0");
-        anyhow::ensure!(settings.endpoints_in_flight_max > 0, "webhooks.endpoints_in_flight_max must be over 0");
+        anyhow::ensure!(
+            settings.endpoints_in_flight_max > 0,
+            "webhooks.endpoints_in_flight_max must be over 0"
+        );
         let settings = Arc::new(settings);
         let poster = Poster::new(settings.clone())?;
         let (wake, counters) = (Notify::new(), Counters::default());
@@ -247,7 +254,9 @@ impl Shared {
     /// False: another gateway has it, or it is switched off or gone.
     async fn hold(&self, endpoint: &str) -> Result<bool, WebhookError> {
         let now_ms = now_ms();
-        let until_ms = now_ms.saturating_add(as_stored(self.settings.timeout_ms.saturating_add(self.settings.lease_margin_ms)));
+        let until_ms = now_ms.saturating_add(as_stored(
+            self.settings.timeout_ms.saturating_add(self.settings.lease_margin_ms),
+        ));
         let held = self
             .database
             .read()
@@ -306,7 +315,13 @@ impl Shared {
             Verdict::Dead { switch_off } => {
                 count(&self.counters.failed);
                 count(&self.counters.dead);
-                tracing::warn!(endpoint, event = due.event_id, attempts, switch_off, "a webhook was given up on");
+                tracing::warn!(
+                    endpoint,
+                    event = due.event_id,
+                    attempts,
+                    switch_off,
+                    "a webhook was given up on"
+                );
             }
         }
         Ok(())

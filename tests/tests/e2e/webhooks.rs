@@ -21,11 +21,12 @@ async fn cluster(settings: &str) -> (Cluster, TempDir) {
 
 async fn admin(cluster: &Cluster, method: &str, path: &str, body: Option<&Value>) -> Reply {
     let request = cluster.request(method, path).bearer_auth(&cluster.admin_key);
-    cluster.send(match body {
-        Some(body) => request.json(body),
-        None => request,
-    })
-    .await
+    cluster
+        .send(match body {
+            Some(body) => request.json(body),
+            None => request,
+        })
+        .await
 }
 
 /// Registers an endpoint with [`SECRET`]; returns its id.
@@ -101,10 +102,8 @@ async fn a_receiver_verifies_what_it_is_told() {
     assert_eq!(request["body"]["type"], "webhook.test");
     let metrics = eventually("what was delivered is counted", async || {
         let metrics = cluster.metrics().await;
-        let counts = [
-            metrics.sum("sluice_webhook_delivered_total"),
-            metrics.sum("sluice_webhook_deliveries_pending"),
-        ];
+        let counts =
+            [metrics.sum("sluice_webhook_delivered_total"), metrics.sum("sluice_webhook_deliveries_pending")];
         if counts == [2.0, 0.0] { Ok(metrics) } else { Err(format!("{counts:?}")) }
     })
     .await;
@@ -143,7 +142,11 @@ async fn failures_are_tried_again_until_one_succeeds() {
     for answer in ["500", "302", "stall", "503", "200"] {
         let request = receiver.next().await;
         assert_verified(&request);
-        assert_eq!((request["answer"].as_str(), &request["method"]), (Some(answer), &Value::Null), "{request}");
+        assert_eq!(
+            (request["answer"].as_str(), &request["method"]),
+            (Some(answer), &Value::Null),
+            "{request}"
+        );
         ids.push(request["headers"]["webhook-id"].clone());
     }
     ids.dedup();
@@ -173,7 +176,10 @@ async fn what_is_given_up_on_is_listed_and_replayed() {
     let replayed = admin(&cluster, "POST", &replay, None).await.ok();
     assert_eq!((&replayed["state"], &replayed["attempts"]), (&json!("pending"), &json!(0)));
     let dead = only_delivery(&cluster, "dead").await;
-    assert_eq!((&dead["last_status"], &dead["last_error"]), (&json!(404), &json!("the receiver answered 404")));
+    assert_eq!(
+        (&dead["last_status"], &dead["last_error"]),
+        (&json!(404), &json!("the receiver answered 404"))
+    );
 
     // The command line does the same beside the server.
     let listed = cluster.cli(&["webhooks", "deliveries", "--state", "dead"]).await;
@@ -185,7 +191,10 @@ async fn what_is_given_up_on_is_listed_and_replayed() {
         let request = receiver.next().await;
         assert_verified(&request);
         assert_eq!(request["answer"], answer);
-        assert_eq!(request["headers"]["webhook-id"], first["headers"]["webhook-id"], "a replay has the same id");
+        assert_eq!(
+            request["headers"]["webhook-id"], first["headers"]["webhook-id"],
+            "a replay has the same id"
+        );
     }
     cluster.finish().await;
 }
@@ -361,7 +370,8 @@ async fn the_admin_api_names_what_is_wrong() {
     assert!(!listed.text.contains("whsec_"), "a secret is shown once: {}", listed.text);
 
     let path = format!("{WEBHOOKS}/{id}");
-    let changed = json!({ "url": "https://hooks.example.com/b", "description": "B", "events": ["invoice.ready"] });
+    let changed =
+        json!({ "url": "https://hooks.example.com/b", "description": "B", "events": ["invoice.ready"] });
     let endpoint = admin(&cluster, "POST", &path, Some(&changed)).await.ok();
     for field in ["url", "description", "events"] {
         assert_eq!(endpoint[field], changed[field]);
@@ -386,7 +396,8 @@ async fn the_admin_api_names_what_is_wrong() {
         let reply = admin(&cluster, "POST", "/organization/balance_alert", Some(&body)).await;
         assert_error(&body.to_string(), &reply, 400, Some(code), Some("low_balance"));
     }
-    let off = admin(&cluster, "POST", "/organization/balance_alert", Some(&json!({ "low_balance": null }))).await;
+    let off =
+        admin(&cluster, "POST", "/organization/balance_alert", Some(&json!({ "low_balance": null }))).await;
     assert_eq!(off.ok()["low_balance"], Value::Null);
     cluster.finish().await;
 }
