@@ -1,6 +1,7 @@
 //! The command line. `sluice --help` teaches; every command takes `--json` for scripts: results on stdout, logs
 //! and errors on stderr.
 
+mod budgets;
 mod keys;
 mod money;
 
@@ -49,6 +50,8 @@ enum Command {
     Balance(money::BalanceArgs),
     /// Add prepaid credit to an account.
     Credit(money::CreditArgs),
+    /// Limit what an organisation, a project or a key spends in a day, a month or altogether.
+    Budgets(budgets::BudgetsArgs),
     /// Bring the database up to date with this version. `sluice up` does it by itself.
     Migrate(MigrateArgs),
     /// Check the books: every transaction, line, rollup and balance. Fails if one does not hold.
@@ -152,6 +155,7 @@ impl Cli {
             Command::Usage(args) => args.run().await,
             Command::Balance(args) => args.run().await,
             Command::Credit(args) => args.run().await,
+            Command::Budgets(args) => args.run().await,
             Command::Migrate(args) => args.run().await,
             Command::Audit(args) => args.run().await,
         }
