@@ -318,6 +318,7 @@ pub(crate) async fn refill(
         return Ok(true);
     }
     let mut tx = database.write().await?;
+    slice.fund.lock(&mut tx).await?;
     let available = slice.fund.available(&mut tx).await?;
     let ahead = slice_size.pico().min(available.pico() / SHARE);
     let wanted = short(ask.units_max).max(i128::from(ahead));
@@ -391,10 +392,10 @@ pub(crate) async fn draw(
     Ok(Money::from_pico(drawn))
 }
 
-/// Keeps every lease of this holder for longer.
+/// Keeps every lease of this holder for longer; those that are used up expire.
 pub(crate) async fn renew(conn: &mut Conn, holder: &str, expires_at_s: i64) -> Result<(), BillingError> {
     conn.execute(
-        "UPDATE fund_leases SET expires_at_s = $1 WHERE holder = $2 AND expires_at_s < $1",
+        "UPDATE fund_leases SET expires_at_s = $1 WHERE holder = $2 AND expires_at_s < $1 AND amount_pico > 0",
         args![expires_at_s, holder],
     )
     .await?;

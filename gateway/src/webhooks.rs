@@ -29,7 +29,7 @@ mod post;
 pub mod rest;
 mod retry;
 mod signature;
-pub(crate) mod store;
+pub mod store;
 mod target;
 mod worker;
 

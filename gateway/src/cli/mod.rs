@@ -1,6 +1,7 @@
 //! The command line. `sluice --help` teaches; every command takes `--json` for scripts: results on stdout, logs
 //! and errors on stderr.
 
+mod budgets;
 mod keys;
 mod money;
 mod webhooks;
@@ -50,6 +51,8 @@ enum Command {
     Balance(money::BalanceArgs),
     /// Add prepaid credit to an account.
     Credit(money::CreditArgs),
+    /// Limit what an organisation, a project or a key spends in a day, a month or altogether.
+    Budgets(budgets::BudgetsArgs),
     /// Bring the database up to date with this version. `sluice up` does it by itself.
     Migrate(MigrateArgs),
     /// Who is told of low balances, budgets and invoices: create, list and delete endpoints, replay deliveries.
@@ -155,6 +158,7 @@ impl Cli {
             Command::Usage(args) => args.run().await,
             Command::Balance(args) => args.run().await,
             Command::Credit(args) => args.run().await,
+            Command::Budgets(args) => args.run().await,
             Command::Migrate(args) => args.run().await,
             Command::Webhooks(args) => args.run().await,
             Command::Audit(args) => args.run().await,
