@@ -88,7 +88,9 @@ pub enum ApiError {
         "the account's credit does not cover this request beside those in flight; add credit, then try again"
     )]
     InsufficientQuota,
-    #[error("the budget {budget} does not cover this request beside those in flight; raise it, or wait for its next period")]
+    #[error(
+        "the budget {budget} does not cover this request beside those in flight; raise it, or wait for its next period"
+    )]
     OverBudget { budget: String },
     #[error("the client read too slowly; generation was ended")]
     ClientTooSlow,

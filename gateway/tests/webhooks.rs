@@ -151,7 +151,9 @@ async fn postgres() -> Option<String> {
     let mut conn = admin.read().await.expect("a connection");
     let statement = sqlx::AssertSqlSafe(format!("CREATE DATABASE {name}"));
     match conn.raw() {
-        sluice_billing::Raw::Postgres(conn) => sqlx::raw_sql(statement).execute(conn).await.expect("a database"),
+        sluice_billing::Raw::Postgres(conn) => {
+            sqlx::raw_sql(statement).execute(conn).await.expect("a database")
+        }
         sluice_billing::Raw::Sqlite(_) => panic!("SLUICE_TEST_POSTGRES must begin with postgres://"),
     };
     Some(server.replacen("/postgres?", &format!("/{name}?"), 1))
@@ -279,7 +281,8 @@ async fn rotated_secrets_end() {
     let second = endpoints::rotate(database, &settings, ORG, &id, start_ms).await.expect("a secret");
     assert_eq!(in_force(start_ms + 999).await, [&[second.clone()][..], &first].concat());
     assert_eq!(in_force(start_ms + 1_000).await, std::slice::from_ref(&second));
-    let third: Secret = endpoints::rotate(database, &settings, ORG, &id, start_ms + 1).await.expect("a secret");
+    let third: Secret =
+        endpoints::rotate(database, &settings, ORG, &id, start_ms + 1).await.expect("a secret");
     let refused = endpoints::rotate(database, &settings, ORG, &id, start_ms + 2).await.expect_err("too many");
     assert!(refused.to_string().contains("3 secrets in force"), "{refused}");
     assert_eq!(in_force(start_ms + 2).await[..2], [third, second]);
