@@ -19,9 +19,11 @@
 //! | what a scope may spend in a period | `budget` |
 //! | durable before answered | `outbox` |
 //! | exactly once | `ship` |
+//! | what customers are told | `notice`, `alert` |
 //! | is it all true? | `audit` |
 //! | two databases, one SQL | `database`, `counter` |
 
+mod alert;
 mod audit;
 mod books;
 mod budget;
@@ -36,6 +38,7 @@ mod hold;
 mod lease;
 mod ledger;
 mod money;
+pub mod notice;
 mod outbox;
 mod price;
 mod ship;

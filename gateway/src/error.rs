@@ -13,11 +13,11 @@ use std::time::Duration;
 
 use axum::response::{IntoResponse, Response};
 use http::{HeaderName, HeaderValue, StatusCode, header};
-use sluice_billing::AdmitError;
+use sluice_billing::{AdmitError, BillingError};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
-use crate::auth::AuthError;
+use crate::{auth::AuthError, webhooks::WebhookError};
 
 const RETRY_AFTER_MS: HeaderName = HeaderName::from_static("retry-after-ms");
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
@@ -60,6 +60,16 @@ pub enum ApiError {
     KeyRevoked { redacted: String },
     #[error("an admin key cannot call models; use a project's API key")]
     AdminKey,
+    #[error("this is for administrators; use an admin key (`sluice keys create --role admin`)")]
+    AdminKeyRequired,
+    #[error("there is no {what} '{id}'")]
+    NotFound { what: &'static str, id: String },
+    #[error("the database does not answer at the moment; try again shortly")]
+    DatabaseUnavailable {
+        #[source]
+        source: Source,
+        retry_after: Duration,
+    },
     #[error("the model '{model}' does not exist; GET /v1/models lists those that do")]
     ModelNotFound { model: String },
     #[error("nothing is served at {method} {path}")]
@@ -78,7 +88,9 @@ pub enum ApiError {
         "the account's credit does not cover this request beside those in flight; add credit, then try again"
     )]
     InsufficientQuota,
-    #[error("the budget {budget} does not cover this request beside those in flight; raise it, or wait for its next period")]
+    #[error(
+        "the budget {budget} does not cover this request beside those in flight; raise it, or wait for its next period"
+    )]
     OverBudget { budget: String },
     #[error("the client read too slowly; generation was ended")]
     ClientTooSlow,
@@ -158,6 +170,8 @@ impl ApiError {
             E::KeyUnknown { .. }                          => row(401, Code::Unauthenticated,   INVALID, "invalid_api_key",            None),
             E::KeyRevoked { .. }                          => row(401, Code::Unauthenticated,   INVALID, "invalid_api_key",            None),
             E::AdminKey                                   => row(403, Code::PermissionDenied,  INVALID, "admin_key_not_allowed",      None),
+            E::AdminKeyRequired                           => row(403, Code::PermissionDenied,  INVALID, "admin_key_required",         None),
+            E::NotFound { .. }                            => row(404, Code::NotFound,          INVALID, "not_found",                  None),
             E::ModelNotFound { .. }                       => row(404, Code::NotFound,          INVALID, "model_not_found",            None),
             E::RouteNotFound { .. }                       => row(404, Code::Unimplemented,     INVALID, "unknown_url",                None),
             E::MethodNotAllowed { .. }                    => row(405, Code::Unimplemented,     INVALID, "method_not_supported",       None),
@@ -176,6 +190,7 @@ impl ApiError {
             E::NodesDown { retry_after, .. }              => row(503, Code::Unavailable,       SERVER,  SERVER,                       Some(*retry_after)),
             E::NodeFailed { retry_after, .. }             => row(503, Code::Unavailable,       SERVER,  SERVER,                       Some(*retry_after)),
             E::BillingUnavailable { retry_after, .. }     => row(503, Code::Unavailable,       SERVER,  SERVER,                       Some(*retry_after)),
+            E::DatabaseUnavailable { retry_after, .. }    => row(503, Code::Unavailable,       SERVER,  SERVER,                       Some(*retry_after)),
             E::AuthUnavailable { retry_after, .. }        => row(503, Code::Unavailable,       SERVER,  SERVER,                       Some(*retry_after)),
         }
     }
@@ -299,6 +314,33 @@ impl From<AuthError> for ApiError {
             AuthError::Unavailable(_) => {
                 ApiError::AuthUnavailable { source: error.into(), retry_after: RETRY_AFTER }
             }
+        }
+    }
+}
+
+impl From<WebhookError> for ApiError {
+    fn from(error: WebhookError) -> ApiError {
+        match error {
+            WebhookError::Field { field, message } => ApiError::field(Fault::Value, field, message),
+            WebhookError::NotFound { what, id } => ApiError::NotFound { what, id },
+            WebhookError::Database(source) => {
+                ApiError::DatabaseUnavailable { source: source.into(), retry_after: RETRY_AFTER }
+            }
+        }
+    }
+}
+
+/// For what an administrator asks of the books.
+impl From<BillingError> for ApiError {
+    fn from(error: BillingError) -> ApiError {
+        match error {
+            BillingError::UnknownAccount(account) => {
+                ApiError::NotFound { what: "account", id: account.to_string() }
+            }
+            BillingError::Database(source) => {
+                ApiError::DatabaseUnavailable { source: source.into(), retry_after: RETRY_AFTER }
+            }
+            other => ApiError::internal(other),
         }
     }
 }

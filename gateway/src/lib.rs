@@ -27,3 +27,4 @@ pub mod server;
 pub mod stack;
 pub mod store;
 pub mod up;
+pub mod webhooks;

@@ -5,4 +5,5 @@ mod budgets;
 mod crash;
 mod history;
 mod lifecycle;
+mod notices;
 mod support;

@@ -114,6 +114,16 @@ impl Tenancy {
             .map(drop)
     }
 
+    /// The account that pays for an organisation; `None` where there is no such organisation.
+    pub async fn account_of_org(&self, org_id: &str) -> Result<Option<String>, sqlx::Error> {
+        let account: Option<(String,)> = self
+            .conn()
+            .await?
+            .fetch_optional("SELECT account_id FROM orgs WHERE id = $1", args![org_id])
+            .await?;
+        Ok(account.map(|(account,)| account))
+    }
+
     /// The account that pays for a project; `None` where there is no such project.
     pub async fn account_of_project(&self, project_id: &str) -> Result<Option<String>, sqlx::Error> {
         let account: Option<(String,)> = self

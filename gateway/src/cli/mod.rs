@@ -4,6 +4,7 @@
 mod budgets;
 mod keys;
 mod money;
+mod webhooks;
 
 use std::{
     io::{IsTerminal, Write},
@@ -54,6 +55,8 @@ enum Command {
     Budgets(budgets::BudgetsArgs),
     /// Bring the database up to date with this version. `sluice up` does it by itself.
     Migrate(MigrateArgs),
+    /// Who is told of low balances, budgets and invoices: create, list and delete endpoints, replay deliveries.
+    Webhooks(webhooks::WebhooksArgs),
     /// Check the books: every transaction, line, rollup and balance. Fails if one does not hold.
     Audit(money::AuditArgs),
 }
@@ -157,6 +160,7 @@ impl Cli {
             Command::Credit(args) => args.run().await,
             Command::Budgets(args) => args.run().await,
             Command::Migrate(args) => args.run().await,
+            Command::Webhooks(args) => args.run().await,
             Command::Audit(args) => args.run().await,
         }
     }

@@ -206,7 +206,7 @@ pub fn parse_amount(text: &str) -> Result<Money, String> {
     }
 }
 
-fn parse_money(text: &str) -> Result<Money, String> {
+pub fn parse_money(text: &str) -> Result<Money, String> {
     match Money::from_usd_str(text) {
         Ok(amount) if amount > Money::ZERO => Ok(amount),
         Ok(_) => Err("the amount must be over 0".to_owned()),

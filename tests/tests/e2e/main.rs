@@ -11,3 +11,4 @@ mod money;
 mod node;
 mod sdk;
 mod unicode;
+mod webhooks;
