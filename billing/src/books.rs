@@ -7,12 +7,14 @@ use std::collections::BTreeSet;
 use time::OffsetDateTime;
 
 use crate::{
-    budget::{self, Budget, BudgetStatus},
+    alert::{self, Change},
+    budget::{self, Budget, BudgetScope, BudgetStatus},
     catalog,
     database::{Database, Migrations, Tx},
     error::BillingError,
     event::AccountId,
     ledger::{self, AccountKind, Balance, CreditGrant},
+    money::Money,
     price::{PriceBook, PriceBookHash},
     usage::{self, UsageQuery, UsageRow},
 };
@@ -46,11 +48,29 @@ impl Books {
     pub async fn credit(&self, grant: &CreditGrant) -> Result<(), BillingError> {
         let mut tx = self.write().await?;
         ledger::credit(&mut tx, grant).await?;
+        alert::check(&mut tx, &grant.account, Change::Credited, grant.granted_at).await?;
         Ok(tx.commit().await?)
     }
 
     pub async fn balance(&self, account: &AccountId) -> Result<Balance, BillingError> {
         ledger::balance(&mut self.database.read().await?, account).await
+    }
+
+    /// What an account must have left for its owner not to be told that it is low; None: he is never told.
+    pub async fn low_balance_alert(&self, account: &AccountId) -> Result<Option<Money>, BillingError> {
+        alert::low_balance(&mut self.database.read().await?, account).await
+    }
+
+    /// Sets or removes that threshold. If there is less left already, `balance.low` is raised at once.
+    pub async fn set_low_balance_alert(
+        &self,
+        account: &AccountId,
+        low_balance: Option<Money>,
+        at: OffsetDateTime,
+    ) -> Result<(), BillingError> {
+        let mut tx = self.write().await?;
+        alert::set_low_balance(&mut tx, account, low_balance, at).await?;
+        Ok(tx.commit().await?)
     }
 
     /// Every account, by id.
@@ -87,6 +107,11 @@ impl Books {
         let deleted = budget::delete(&mut tx, id, OffsetDateTime::now_utc().unix_timestamp()).await?;
         tx.commit().await?;
         Ok(deleted)
+    }
+
+    /// Whose spending the budget of an id limits or limited; None where there never was one.
+    pub async fn budget_scope(&self, id: &str) -> Result<Option<(BudgetScope, String)>, BillingError> {
+        budget::scope_of(&mut self.database.read().await?, id).await
     }
 
     /// Every budget with the window that `at` falls in.

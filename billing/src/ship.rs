@@ -16,26 +16,29 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use time::OffsetDateTime;
 use tokio::{
     sync::{mpsc, oneshot},
     time::Instant,
 };
 
 use crate::{
-    BillingLimits, args,
+    BillingLimits,
+    alert::{self, Change},
+    args,
     budget::{self, Budget, Window},
     catalog::{self, Catalog},
     clock::Clock,
     counter,
     database::{Conn, Database},
     error::BillingError,
-    event::{AccountId, UsageEvent},
+    event::{AccountId, FinishReason, UsageEvent},
     fund::Fund,
     lease::{self, Holder, Slices},
     ledger::{self, Posting},
     money::{Money, Total},
     outbox::Outbox,
-    price::cost,
+    price::{Line, cost},
     usage,
 };
 
@@ -286,7 +289,7 @@ async fn post_batch(
     counter::take(conn, "transaction", 0).await?;
     let budgets = budget::all(conn).await?;
     let mut windows = windows_of(&budgets, batch);
-    for (budget, window, _) in windows.values() {
+    for Counting { budget, window, .. } in windows.values() {
         budget::ensure_window(conn, budget, window).await?;
     }
     let refused = usage::record(conn, epoch, batch).await?;
@@ -302,8 +305,8 @@ async fn post_batch(
             continue;
         }
         for (budget, window) in applying(&budgets, event) {
-            let (.., spent) = windows.get_mut(&budget.fund(&window)).expect("every window was made above");
-            *spent += event.cost.into();
+            let counting = windows.get_mut(&budget.fund(&window)).expect("every window was made above");
+            counting.spent += event.cost.into();
         }
         let skus = minutes.entry((event.account.clone(), minute_of(event.admitted_at_ms))).or_default();
         for (sku, amount) in repriced(catalog, event)? {
@@ -317,10 +320,20 @@ async fn post_batch(
     for ((account, at_s), skus) in minutes {
         post_minute(conn, &account, at_s, skus, &reference).await?;
     }
+    raise_alerts(conn, catalog, batch).await?;
     Ok(posted)
 }
 
-type Windows = BTreeMap<Fund, (Budget, Window, Total)>;
+/// A window that bills of a batch count in, and what they add to it.
+struct Counting {
+    budget: Budget,
+    window: Window,
+    spent: Total,
+    /// Who pays, and is told of thresholds.
+    account: AccountId,
+}
+
+type Windows = BTreeMap<Fund, Counting>;
 
 /// Budgets that a bill counts against, whether or not its hold knew of them.
 fn applying<'a>(budgets: &'a [Budget], event: &'a UsageEvent) -> impl Iterator<Item = (&'a Budget, Window)> {
@@ -332,7 +345,12 @@ fn windows_of(budgets: &[Budget], batch: &[(i64, UsageEvent)]) -> Windows {
     let mut windows = BTreeMap::new();
     for (_, event) in batch {
         for (budget, window) in applying(budgets, event) {
-            windows.entry(budget.fund(&window)).or_insert_with(|| (budget.clone(), window, Total::ZERO));
+            windows.entry(budget.fund(&window)).or_insert_with(|| Counting {
+                budget: budget.clone(),
+                window,
+                spent: Total::ZERO,
+                account: event.account.clone(),
+            });
         }
     }
     windows
@@ -357,9 +375,10 @@ async fn spend(
             (Fund::Account(account), _) => {
                 ledger::spend(conn, account, held, drawn, at_s, reference).await?;
             }
-            (Fund::Budget(_), Some((budget, window, spent))) => {
+            (Fund::Budget(_), Some(Counting { budget, window, spent, account })) => {
                 let spent = spent.to_money().ok_or_else(overflow)?;
-                budget::spend(conn, budget, window, spent, drawn).await?;
+                let at = OffsetDateTime::from_unix_timestamp(at_s).unwrap_or(OffsetDateTime::UNIX_EPOCH);
+                budget::spend(conn, budget, window, spent, drawn, (account, at)).await?;
             }
             // A budget that is no longer in force.
             (Fund::Budget(_), None) => fund.give_back(conn, drawn).await?,
@@ -390,6 +409,37 @@ async fn post_minute(
     Ok(())
 }
 
+/// Tells of accounts that have little or nothing left by now.
+async fn raise_alerts(
+    conn: &mut Conn,
+    catalog: &Catalog,
+    batch: &[(i64, UsageEvent)],
+) -> Result<(), BillingError> {
+    let mut accounts: BTreeMap<&AccountId, (Option<Money>, i64)> = BTreeMap::new();
+    for (_, event) in batch {
+        let (stopped_at, ended_ms) = accounts.entry(&event.account).or_default();
+        *ended_ms = event.admitted_at_ms.saturating_add_unsigned(event.duration_ms).max(*ended_ms);
+        if event.finish_reason == FinishReason::Budget {
+            let token = next_token(catalog, event)?;
+            *stopped_at = Some(stopped_at.map_or(token, |other| token.min(other)));
+        }
+    }
+    for (account, (stopped_at, ended_ms)) in accounts {
+        let at = OffsetDateTime::from_unix_timestamp_nanos(i128::from(ended_ms) * 1_000_000);
+        let at = at.unwrap_or(OffsetDateTime::UNIX_EPOCH);
+        alert::check(conn, account, Change::Spent { stopped_at }, at).await?;
+    }
+    Ok(())
+}
+
+/// What one more token of this answer would have cost.
+fn next_token(catalog: &Catalog, event: &UsageEvent) -> Result<Money, BillingError> {
+    let mut longer = event.clone();
+    longer.quantities.output_tokens += 1;
+    let lines = priced(catalog, &longer)?;
+    Ok(cost(&lines).and_then(|cost| cost.checked_sub(event.cost)).unwrap_or(Money::MAX))
+}
+
 /// The start of the UTC minute, in seconds.
 pub(crate) fn minute_of(at_ms: i64) -> i64 {
     at_ms.div_euclid(MINUTE_MS) * 60
@@ -397,11 +447,18 @@ pub(crate) fn minute_of(at_ms: i64) -> i64 {
 
 /// Prices an event again from its quantities and its book; the sum must be the cost that it carries.
 fn repriced(catalog: &Catalog, event: &UsageEvent) -> Result<Vec<(String, Money)>, BillingError> {
-    let corrupt = |why: String| BillingError::Corrupt { table: "outbox_events", source: why.into() };
-    let lines = catalog.get(&event.price_book)?.price(&event.model, &event.quantities);
-    let lines = lines.map_err(|error| corrupt(error.to_string()))?;
+    let lines = priced(catalog, event)?;
     if cost(&lines) != Some(event.cost) {
         return Err(corrupt(format!("request {} does not cost {}", event.request_id, event.cost)));
     }
     Ok(lines.into_iter().map(|line| (line.sku, line.amount)).collect())
+}
+
+fn priced(catalog: &Catalog, event: &UsageEvent) -> Result<Vec<Line>, BillingError> {
+    let lines = catalog.get(&event.price_book)?.price(&event.model, &event.quantities);
+    lines.map_err(|error| corrupt(error.to_string()))
+}
+
+fn corrupt(why: String) -> BillingError {
+    BillingError::Corrupt { table: "outbox_events", source: why.into() }
 }

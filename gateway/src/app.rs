@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use sluice_billing::Billing;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{auth::Auth, metrics::Metrics, route::Nodes};
+use crate::{auth::Auth, metrics::Metrics, route::Nodes, webhooks::Webhooks};
 
 /// The parts every request passes. One for the life of the process, behind an `Arc`.
 pub struct App {
@@ -13,6 +13,7 @@ pub struct App {
     pub nodes: Nodes,
     pub limits: Limits,
     pub metrics: Metrics,
+    pub webhooks: Webhooks,
     /// Every relay: when it is empty, every hold is settled.
     pub tracker: TaskTracker,
     /// No new requests; those in flight finish.

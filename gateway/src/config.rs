@@ -18,7 +18,7 @@ use figment::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{app::Limits, server::ConnectionLimits};
+use crate::{app::Limits, server::ConnectionLimits, webhooks::WebhookSettings};
 
 /// Everything an operator can set. Unknown names are refused, so that a typing error is not a silent default.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -41,6 +41,7 @@ pub struct Config {
     pub node: EmbeddedNode,
     pub connections: ConnectionLimits,
     pub limits: Limits,
+    pub webhooks: WebhookSettings,
 }
 
 impl Default for Config {
@@ -56,6 +57,7 @@ impl Default for Config {
             node: EmbeddedNode::default(),
             connections: ConnectionLimits::default(),
             limits: Limits::default(),
+            webhooks: WebhookSettings::default(),
         }
     }
 }

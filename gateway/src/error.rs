@@ -13,11 +13,11 @@ use std::time::Duration;
 
 use axum::response::{IntoResponse, Response};
 use http::{HeaderName, HeaderValue, StatusCode, header};
-use sluice_billing::AdmitError;
+use sluice_billing::{AdmitError, BillingError};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
-use crate::auth::AuthError;
+use crate::{auth::AuthError, webhooks::WebhookError};
 
 const RETRY_AFTER_MS: HeaderName = HeaderName::from_static("retry-after-ms");
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
@@ -60,6 +60,16 @@ pub enum ApiError {
     KeyRevoked { redacted: String },
     #[error("an admin key cannot call models; use a project's API key")]
     AdminKey,
+    #[error("this is for administrators; use an admin key (`sluice keys create --role admin`)")]
+    AdminKeyRequired,
+    #[error("there is no {what} '{id}'")]
+    NotFound { what: &'static str, id: String },
+    #[error("the database does not answer at the moment; try again shortly")]
+    DatabaseUnavailable {
+        #[source]
+        source: Source,
+        retry_after: Duration,
+    },
     #[error("the model '{model}' does not exist; GET /v1/models lists those that do")]
     ModelNotFound { model: String },
     #[error("nothing is served at {method} {path}")]
@@ -78,6 +88,10 @@ pub enum ApiError {
         "the account's credit does not cover this request beside those in flight; add credit, then try again"
     )]
     InsufficientQuota,
+    #[error(
+        "the budget {budget} does not cover this request beside those in flight; raise it, or wait for its next period"
+    )]
+    OverBudget { budget: String },
     #[error("the client read too slowly; generation was ended")]
     ClientTooSlow,
     #[error("the deadline passed before the answer was complete")]
@@ -156,6 +170,8 @@ impl ApiError {
             E::KeyUnknown { .. }                          => row(401, Code::Unauthenticated,   INVALID, "invalid_api_key",            None),
             E::KeyRevoked { .. }                          => row(401, Code::Unauthenticated,   INVALID, "invalid_api_key",            None),
             E::AdminKey                                   => row(403, Code::PermissionDenied,  INVALID, "admin_key_not_allowed",      None),
+            E::AdminKeyRequired                           => row(403, Code::PermissionDenied,  INVALID, "admin_key_required",         None),
+            E::NotFound { .. }                            => row(404, Code::NotFound,          INVALID, "not_found",                  None),
             E::ModelNotFound { .. }                       => row(404, Code::NotFound,          INVALID, "model_not_found",            None),
             E::RouteNotFound { .. }                       => row(404, Code::Unimplemented,     INVALID, "unknown_url",                None),
             E::MethodNotAllowed { .. }                    => row(405, Code::Unimplemented,     INVALID, "method_not_supported",       None),
@@ -164,6 +180,7 @@ impl ApiError {
             E::BodyTooLarge { .. }                        => row(413, Code::ResourceExhausted, INVALID, "request_too_large",          None),
             E::MediaType { .. }                           => row(415, Code::InvalidArgument,   INVALID, "unsupported_content_type",   None),
             E::InsufficientQuota                          => row(429, Code::ResourceExhausted, "insufficient_quota", "insufficient_quota", None),
+            E::OverBudget { .. }                          => row(429, Code::ResourceExhausted, "insufficient_quota", "budget_exceeded", None),
             E::Internal(_)                                => row(500, Code::Internal,          SERVER,  SERVER,                       None),
             E::NoPrice { .. }                             => row(503, Code::FailedPrecondition, SERVER, SERVER,                       None),
             E::DeadlineExceeded                           => row(504, Code::DeadlineExceeded,  SERVER,  "deadline_exceeded",          None),
@@ -173,6 +190,7 @@ impl ApiError {
             E::NodesDown { retry_after, .. }              => row(503, Code::Unavailable,       SERVER,  SERVER,                       Some(*retry_after)),
             E::NodeFailed { retry_after, .. }             => row(503, Code::Unavailable,       SERVER,  SERVER,                       Some(*retry_after)),
             E::BillingUnavailable { retry_after, .. }     => row(503, Code::Unavailable,       SERVER,  SERVER,                       Some(*retry_after)),
+            E::DatabaseUnavailable { retry_after, .. }    => row(503, Code::Unavailable,       SERVER,  SERVER,                       Some(*retry_after)),
             E::AuthUnavailable { retry_after, .. }        => row(503, Code::Unavailable,       SERVER,  SERVER,                       Some(*retry_after)),
         }
     }
@@ -244,6 +262,9 @@ impl ApiError {
         if let Some(delay) = row.retry_after {
             details.set_retry_info(Some(delay));
         }
+        if let ApiError::OverBudget { .. } = self {
+            details.add_quota_failure_violation("budget", self.to_string());
+        }
         if matches!(self, ApiError::InsufficientQuota) {
             details.add_quota_failure_violation("account", self.to_string());
         }
@@ -266,7 +287,7 @@ impl ApiError {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(delay.as_millis().div_ceil(1000) as u64));
             headers.insert(RETRY_AFTER_MS, HeaderValue::from(delay.as_millis() as u64));
         }
-        if matches!(self, ApiError::InsufficientQuota) {
+        if matches!(self, ApiError::InsufficientQuota | ApiError::OverBudget { .. }) {
             headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"));
         }
         response
@@ -297,12 +318,43 @@ impl From<AuthError> for ApiError {
     }
 }
 
+impl From<WebhookError> for ApiError {
+    fn from(error: WebhookError) -> ApiError {
+        match error {
+            WebhookError::Field { field, message } => ApiError::field(Fault::Value, field, message),
+            WebhookError::NotFound { what, id } => ApiError::NotFound { what, id },
+            WebhookError::Database(source) => {
+                ApiError::DatabaseUnavailable { source: source.into(), retry_after: RETRY_AFTER }
+            }
+        }
+    }
+}
+
+impl From<sqlx::Error> for ApiError {
+    fn from(error: sqlx::Error) -> ApiError {
+        ApiError::DatabaseUnavailable { source: error.into(), retry_after: RETRY_AFTER }
+    }
+}
+
+/// For what an administrator asks of the books.
+impl From<BillingError> for ApiError {
+    fn from(error: BillingError) -> ApiError {
+        match error {
+            BillingError::UnknownAccount(account) => {
+                ApiError::NotFound { what: "account", id: account.to_string() }
+            }
+            BillingError::Database(source) => source.into(),
+            BillingError::Budget { field, fix } => ApiError::field(Fault::Value, field, fix),
+            other => ApiError::internal(other),
+        }
+    }
+}
+
 impl From<AdmitError> for ApiError {
     fn from(error: AdmitError) -> ApiError {
         match error {
-            AdmitError::InsufficientCredit { .. } | AdmitError::OverBudget { .. } => {
-                ApiError::InsufficientQuota
-            }
+            AdmitError::InsufficientCredit { .. } => ApiError::InsufficientQuota,
+            AdmitError::OverBudget { budget, .. } => ApiError::OverBudget { budget },
             AdmitError::NoPrice { model } => ApiError::NoPrice { model },
             AdmitError::OutboxFull { retry_after } => {
                 ApiError::BillingUnavailable { source: None, retry_after }
@@ -380,6 +432,10 @@ mod tests {
         check(
             ApiError::InsufficientQuota,
             "429 ResourceExhausted insufficient_quota insufficient_quota - - false",
+        );
+        check(
+            ApiError::OverBudget { budget: "b".into() },
+            "429 ResourceExhausted insufficient_quota budget_exceeded - - false",
         );
         check(ApiError::Overloaded { retry_after: wait }, "503 Unavailable server_error server_error - 2 -");
         check(ApiError::internal("secret"), "500 Internal server_error server_error - - -");

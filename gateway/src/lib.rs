@@ -12,6 +12,7 @@
 
 pub mod app;
 pub mod auth;
+pub mod budgets;
 pub mod cli;
 pub mod complete;
 pub mod config;
@@ -27,3 +28,4 @@ pub mod server;
 pub mod stack;
 pub mod store;
 pub mod up;
+pub mod webhooks;

@@ -10,6 +10,8 @@
 //! | `sluice_holds_open`, `sluice_holds_total` | outcome |
 //! | `sluice_outbox_backlog_events`, `sluice_outbox_oldest_age_seconds` | |
 //! | `sluice_outbox_commits_total`, `sluice_outbox_commit_seconds_total` | |
+//! | `sluice_webhook_{delivered,failed,dead}_total` | |
+//! | `sluice_webhook_deliveries_pending`, `sluice_webhook_oldest_age_seconds` | |
 //! | `sluice_node_up`, `sluice_node_sequences`, `sluice_node_{prompt,cached,output}_tokens_total` | node |
 //! | `sluice_node_cache_{hits,misses,evictions}_total` | node |
 
@@ -26,7 +28,12 @@ use tokio::sync::Semaphore;
 
 use sluice_proto::node::v1::Usage as Counted;
 
-use crate::{complete::Usage, node_client::Seen, route::Nodes};
+use crate::{
+    complete::Usage,
+    node_client::Seen,
+    route::Nodes,
+    webhooks::{WebhookStats, Webhooks},
+};
 
 /// Seconds; from a cached prompt on a fast node to a long one in a queue.
 const FIRST_TOKEN_BUCKETS_S: [f64; 14] =
@@ -215,6 +222,34 @@ impl Metrics {
             .u64_observable_gauge(name)
             .with_description(description)
             .with_callback(move |gauge| gauge.observe(read(billing.stats()), &[]))
+            .build();
+    }
+
+    pub fn observe_webhooks(&self, webhooks: &Webhooks) {
+        let counters: [(&'static str, &'static str, fn(WebhookStats) -> u64); 3] = [
+            ("sluice_webhook_delivered", "Deliveries that a receiver took", |stats| stats.delivered),
+            ("sluice_webhook_failed", "Attempts that failed", |stats| stats.failed),
+            ("sluice_webhook_dead", "Deliveries given up on", |stats| stats.dead),
+        ];
+        for (name, description, read) in counters {
+            let webhooks = webhooks.clone();
+            self.meter
+                .u64_observable_counter(name)
+                .with_description(description)
+                .with_callback(move |counter| counter.observe(read(webhooks.stats()), &[]))
+                .build();
+        }
+        let queue = webhooks.clone();
+        self.meter
+            .u64_observable_gauge("sluice_webhook_deliveries_pending")
+            .with_description("Deliveries of the platform that wait for their next attempt")
+            .with_callback(move |gauge| gauge.observe(queue.stats().pending, &[]))
+            .build();
+        let queue = webhooks.clone();
+        self.meter
+            .f64_observable_gauge("sluice_webhook_oldest_age_seconds")
+            .with_description("How long the oldest of them has waited")
+            .with_callback(move |gauge| gauge.observe(queue.stats().oldest_age_ms as f64 / 1e3, &[]))
             .build();
     }
 

@@ -34,10 +34,11 @@ use uuid::Uuid;
 use crate::{
     app::App,
     auth::{Principal, Role},
+    budgets,
     complete::{Caller, Delivery},
     dialect::{grpc, models, openai_chat, openai_completions},
     error::{ApiError, Protocol, RETRY_AFTER},
-    health,
+    health, webhooks,
 };
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -54,6 +55,7 @@ pub fn service(app: Arc<App>) -> Router {
     let permits_max = app.limits.requests_in_flight_max.min(Semaphore::MAX_PERMITS);
     let permits = Arc::new(Semaphore::new(permits_max));
     app.metrics.observe(&app.billing, &app.nodes, &permits, permits_max);
+    app.metrics.observe_webhooks(&app.webhooks);
 
     let with_key = Router::new()
         .route("/v1/chat/completions", post(openai_chat::create))
@@ -68,7 +70,13 @@ pub fn service(app: Arc<App>) -> Router {
                 .layer(from_fn_with_state(permits, hold_a_permit))
                 .layer(from_fn_with_state(app.clone(), authenticate)),
         );
+    let with_admin_key = webhooks::rest::routes().merge(budgets::routes()).route_layer(
+        ServiceBuilder::new()
+            .layer(from_fn_with_state(app.clone(), refuse_while_draining))
+            .layer(from_fn_with_state(app.clone(), authenticate_admin)),
+    );
     with_key
+        .merge(with_admin_key)
         .merge(health::routes(&app))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
@@ -216,6 +224,19 @@ async fn authenticate(State(app): State<Arc<App>>, mut request: Request, next: N
         response.headers_mut().insert(ORGANIZATION, organization);
     }
     response
+}
+
+async fn authenticate_admin(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
+    let principal = match app.auth.authenticate(request.headers()).await {
+        Ok(principal) if principal.role != Role::Admin => {
+            return arrival_of(&request).refuse(ApiError::AdminKeyRequired);
+        }
+        Ok(principal) => principal,
+        Err(error) => return arrival_of(&request).refuse(error.into()),
+    };
+    request.headers_mut().remove(header::AUTHORIZATION);
+    request.extensions_mut().insert(principal);
+    next.run(request).await
 }
 
 async fn no_route(request: Request) -> Response {

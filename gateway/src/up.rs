@@ -18,7 +18,7 @@ use tokio::net::TcpListener;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
 
-pub use tenant::{DEFAULT_ACCOUNT, DEFAULT_PROJECT};
+pub use tenant::{DEFAULT_ACCOUNT, DEFAULT_ORG, DEFAULT_PROJECT};
 
 use crate::{
     app::App,
@@ -27,6 +27,7 @@ use crate::{
     metrics::Metrics,
     route::{NodeEndpoint, Nodes},
     server, stack, store,
+    webhooks::Webhooks,
 };
 
 /// Runs until SIGINT or SIGTERM, then drains. A second signal ends the process at once.
@@ -48,6 +49,7 @@ pub async fn run(config: Config, json: bool) -> anyhow::Result<()> {
     .await?;
     let credentials = tenant::ensure(&database, &billing, &config.credentials_path()).await?;
 
+    let webhooks = Webhooks::new(database.clone(), config.webhooks.clone())?;
     let fleet = Fleet::start(&config).await?;
     let models = fleet.nodes.models().into_iter().map(|model| model.name).collect::<Vec<_>>();
     prices::ensure(&billing, &config.data_dir.join("prices.toml"), &models).await?;
@@ -57,10 +59,13 @@ pub async fn run(config: Config, json: bool) -> anyhow::Result<()> {
         nodes: fleet.nodes.clone(),
         limits: config.limits.clone(),
         metrics: Metrics::new(),
+        webhooks: webhooks.clone(),
         tracker: TaskTracker::new(),
         draining: CancellationToken::new(),
         cut: CancellationToken::new(),
     });
+    let stop_delivering = CancellationToken::new();
+    let delivering = tokio::spawn(webhooks.run(stop_delivering.clone()));
     let stop_accepting = CancellationToken::new();
     let connections = config.connections.clone();
     let mut serving = tokio::spawn({
@@ -89,7 +94,12 @@ pub async fn run(config: Config, json: bool) -> anyhow::Result<()> {
         app.cut.cancel();
         app.tracker.wait().await;
     }
-    billing.close().await?;
+    stop_delivering.cancel();
+    let closed = billing.close().await;
+    if let Err(error) = delivering.await {
+        warn!(%error, "the webhook worker failed; what is due is sent at the next start");
+    }
+    closed?;
     fleet.stop().await;
     if let Err(error) = database.close().await {
         warn!(%error, "the database did not close cleanly; a SQLite file's write-ahead log stays beside it: keep both files together");

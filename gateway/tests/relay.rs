@@ -22,6 +22,7 @@ use sluice_gateway::{
     route::{NodeEndpoint, Nodes},
     server::{self, ConnectionLimits},
     stack, store,
+    webhooks::{WebhookSettings, Webhooks},
 };
 use sluice_proto::node::v1::{
     Delta, DescribeRequest, DescribeResponse, FinishReason, Finished, GenerateRequest, GenerateResponse,
@@ -209,11 +210,12 @@ impl Gateway {
             endpoints.push(NodeEndpoint::Url(serve_node(node.clone()).await));
         }
         let app = Arc::new(App {
-            auth: Auth::new(database),
+            auth: Auth::new(database.clone()),
             billing,
             nodes: Nodes::connect(endpoints).await.expect("nodes"),
             limits,
             metrics: Metrics::new(),
+            webhooks: Webhooks::new(database, WebhookSettings::default()).expect("the defaults are valid"),
             tracker: TaskTracker::new(),
             draining: CancellationToken::new(),
             cut: CancellationToken::new(),

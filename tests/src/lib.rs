@@ -22,6 +22,7 @@ mod metrics;
 mod patience;
 mod process;
 mod python;
+mod receiver;
 mod rest;
 mod sse;
 
@@ -33,5 +34,6 @@ pub use metrics::Metrics;
 pub use patience::eventually;
 pub use process::{Process, Signal};
 pub use python::{focus_validator, pytest};
+pub use receiver::Receiver;
 pub use rest::{Reply, assert_error};
 pub use sse::{Stream, Transcript};

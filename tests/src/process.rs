@@ -100,7 +100,7 @@ impl Drop for Process {
 }
 
 /// Reads on a thread of its own, so that a full pipe never stops the process under test.
-fn lines_of(stdout: ChildStdout) -> mpsc::UnboundedReceiver<String> {
+pub(crate) fn lines_of(stdout: ChildStdout) -> mpsc::UnboundedReceiver<String> {
     let (sender, receiver) = mpsc::unbounded_channel();
     std::thread::spawn(move || {
         for line in BufReader::new(stdout).lines().map_while(Result::ok) {
@@ -112,7 +112,7 @@ fn lines_of(stdout: ChildStdout) -> mpsc::UnboundedReceiver<String> {
 }
 
 /// A test that is itself killed cannot clean up: the kernel does, where `setpriv` (util-linux) is there to ask it.
-fn dies_with_its_parent(program: &Path) -> Command {
+pub(crate) fn dies_with_its_parent(program: &Path) -> Command {
     let setpriv = Path::new("/usr/bin/setpriv");
     if !setpriv.exists() {
         return clean_command(program);

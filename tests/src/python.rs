@@ -40,7 +40,7 @@ pub async fn pytest(cluster: &Cluster, file: &str) {
 }
 
 /// `SLUICE_TEST_PYTHON`, else the environment that `tests/run` keeps in the target directory.
-fn python() -> PathBuf {
+pub(crate) fn python() -> PathBuf {
     let path = match std::env::var_os("SLUICE_TEST_PYTHON") {
         Some(path) => PathBuf::from(path),
         None => {

@@ -25,7 +25,7 @@ async fn unguard(world: &World) {
     };
     let triggers: Vec<(String,)> =
         world.database.read().await.unwrap().fetch_all(triggers, &[]).await.unwrap();
-    assert!(triggers.len() >= 8);
+    assert!(triggers.len() >= 7);
     for (trigger,) in triggers {
         run(&world.database, &format!("DROP TRIGGER {trigger}")).await.unwrap();
     }

@@ -6,4 +6,5 @@ mod crash;
 mod exports;
 mod history;
 mod lifecycle;
+mod notices;
 mod support;

@@ -1,7 +1,7 @@
 //! Organisations, projects and keys as they are stored.
 
 use sha2::{Digest, Sha256};
-use sluice_billing::{Conn, Database, args};
+use sluice_billing::{BudgetScope, Conn, Database, args};
 use sqlx::FromRow;
 use time::OffsetDateTime;
 
@@ -114,6 +114,16 @@ impl Tenancy {
             .map(drop)
     }
 
+    /// The account that pays for an organisation; `None` where there is no such organisation.
+    pub async fn account_of_org(&self, org_id: &str) -> Result<Option<String>, sqlx::Error> {
+        let account: Option<(String,)> = self
+            .conn()
+            .await?
+            .fetch_optional("SELECT account_id FROM orgs WHERE id = $1", args![org_id])
+            .await?;
+        Ok(account.map(|(account,)| account))
+    }
+
     /// The account that pays for a project; `None` where there is no such project.
     pub async fn account_of_project(&self, project_id: &str) -> Result<Option<String>, sqlx::Error> {
         let account: Option<(String,)> = self
@@ -125,6 +135,19 @@ impl Tenancy {
             )
             .await?;
         Ok(account.map(|(account,)| account))
+    }
+
+    /// The organisation that a scope of spending belongs to; `None` where there is no such scope.
+    pub async fn org_of(&self, scope: BudgetScope, id: &str) -> Result<Option<String>, sqlx::Error> {
+        let statement = match scope {
+            BudgetScope::Org => "SELECT id FROM orgs WHERE id = $1",
+            BudgetScope::Project => "SELECT org_id FROM projects WHERE id = $1",
+            BudgetScope::Key => {
+                "SELECT p.org_id FROM api_keys k JOIN projects p ON p.id = k.project_id WHERE k.id = $1"
+            }
+        };
+        let org: Option<(String,)> = self.conn().await?.fetch_optional(statement, args![id]).await?;
+        Ok(org.map(|(org,)| org))
     }
 
     /// `RowNotFound` where the project does not exist.

@@ -1,9 +1,11 @@
 //! The command line. `sluice --help` teaches; every command takes `--json` for scripts: results on stdout, logs
 //! and errors on stderr.
 
+mod budgets;
 mod export;
 mod keys;
 mod money;
+mod webhooks;
 
 use std::{
     io::{IsTerminal, Write},
@@ -50,8 +52,12 @@ enum Command {
     Balance(money::BalanceArgs),
     /// Add prepaid credit to an account.
     Credit(money::CreditArgs),
+    /// Limit what an organisation, a project or a key spends in a day, a month or altogether.
+    Budgets(budgets::BudgetsArgs),
     /// Bring the database up to date with this version. `sluice up` does it by itself.
     Migrate(MigrateArgs),
+    /// Who is told of low balances, budgets and invoices: create, list and delete endpoints, replay deliveries.
+    Webhooks(webhooks::WebhooksArgs),
     /// Check the books: every transaction, line, rollup and balance. Fails if one does not hold.
     Audit(money::AuditArgs),
     /// Usage and cost as CSV, JSON Lines, Parquet, FOCUS 1.2 or 1.4.
@@ -155,7 +161,9 @@ impl Cli {
             Command::Usage(args) => args.run().await,
             Command::Balance(args) => args.run().await,
             Command::Credit(args) => args.run().await,
+            Command::Budgets(args) => args.run().await,
             Command::Migrate(args) => args.run().await,
+            Command::Webhooks(args) => args.run().await,
             Command::Audit(args) => args.run().await,
             Command::Export(args) => args.run().await,
         }

@@ -201,7 +201,16 @@ pub(super) fn parse_day(text: &str) -> Result<Date, String> {
         .map_err(|_| format!("{text:?} is not a day: write YYYY-MM-DD"))
 }
 
-fn parse_money(text: &str) -> Result<Money, String> {
+/// An amount of dollars that is not negative.
+pub fn parse_amount(text: &str) -> Result<Money, String> {
+    match Money::from_usd_str(text) {
+        Ok(amount) if amount >= Money::ZERO => Ok(amount),
+        Ok(_) => Err("the amount must not be negative".to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+pub fn parse_money(text: &str) -> Result<Money, String> {
     match Money::from_usd_str(text) {
         Ok(amount) if amount > Money::ZERO => Ok(amount),
         Ok(_) => Err("the amount must be over 0".to_owned()),

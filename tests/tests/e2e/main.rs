@@ -12,3 +12,4 @@ mod money;
 mod node;
 mod sdk;
 mod unicode;
+mod webhooks;
