@@ -21,6 +21,7 @@
 //! | exactly once | `ship` |
 //! | what customers are told | `notice`, `alert` |
 //! | is it all true? | `audit` |
+//! | files for others | `export` |
 //! | two databases, one SQL | `database`, `counter` |
 
 mod alert;
@@ -33,6 +34,7 @@ mod counter;
 mod database;
 mod error;
 mod event;
+mod export;
 mod fund;
 mod hold;
 mod lease;
@@ -64,6 +66,10 @@ pub use database::{
 pub use error::{AdmitError, BillingError, SettleError};
 pub use event::{
     AccountId, AdmitRequest, FinishReason, Outcome, Quantities, RequestId, ServiceTier, UsageEvent,
+};
+pub use export::{
+    Dataset, ExportError, ExportFilter, ExportOptions, ExportRange, ExportReport, FileRecord, Format,
+    Manifest, Progress, Range, Settings, verify as verify_export,
 };
 pub use hold::{Hold, VoidCause};
 pub use ledger::{AccountKind, Balance, CreditGrant};
