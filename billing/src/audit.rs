@@ -12,7 +12,7 @@ use crate::{
     Books,
     catalog::{self, Catalog},
     error::BillingError,
-    event::Quantities,
+    event::{AccountId, Quantities, ServiceTier},
     lease, ledger,
     money::{Money, Total},
     price::{PriceBookHash, cost},
@@ -183,7 +183,10 @@ impl Events {
             Quantities { input_tokens, cached_input_tokens, output_tokens, ..Quantities::default() };
         let hash = PriceBookHash::from_stored(event.price_book.clone());
         let book = catalog.get(&hash).map_err(|error| error.to_string())?;
-        let lines = book.price(&event.model, &quantities).map_err(|error| error.to_string())?;
+        let account = AccountId::new(event.account.clone());
+        let lines = book
+            .price(&account, &event.model, ServiceTier::Default, &quantities)
+            .map_err(|error| error.to_string())?;
         for line in lines.iter().filter(|line| line.amount != Money::ZERO) {
             let key =
                 (event.account.clone(), ship::minute_of(event.admitted_at_ms), ledger::revenue(&line.sku));

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use sqlx::{Sqlite, SqlitePool, Transaction};
 
 use crate::{
-    catalog,
+    catalog::{self, Catalog},
     error::BillingError,
     event::AccountId,
     ledger::{self, AccountKind, Balance, CreditGrant},
@@ -72,7 +72,13 @@ impl Books {
         ledger::accounts(&mut *self.database.acquire().await?).await
     }
 
-    /// Stores a price book. A running server takes it up with the next bill that it ships.
+    /// Every price book.
+    pub async fn catalog(&self) -> Result<Catalog, BillingError> {
+        Catalog::load(&mut *self.database.acquire().await?).await
+    }
+
+    /// Stores a price book, whatever a [`Plan`](crate::Plan) says of it. Running servers take it up within a
+    /// `price_poll`.
     pub async fn apply_price_book(&self, book: &PriceBook) -> Result<PriceBookHash, BillingError> {
         let mut tx = self.write().await?;
         catalog::apply(&mut tx, book).await?;

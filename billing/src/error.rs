@@ -2,7 +2,11 @@
 
 use std::{sync::Arc, time::Duration};
 
-use crate::{event::AccountId, money::Money, price::PriceBookHash};
+use crate::{
+    event::{AccountId, ServiceTier},
+    money::Money,
+    price::PriceBookHash,
+};
 
 /// A failure of the books: the database, or something in it that must not be.
 #[derive(Debug, thiserror::Error)]
@@ -58,8 +62,8 @@ pub enum AdmitError {
     /// The prompt and one output token cost more than the account has.
     #[error("the request needs at least {needed}, and {available} are available")]
     InsufficientCredit { needed: Money, available: Money },
-    #[error("there is no price for the model {model}")]
-    NoPrice { model: String },
+    #[error("there is no {service_tier} price for the model {model}")]
+    NoPrice { model: String, service_tier: ServiceTier },
     /// The ledger cannot be reached and as many bills wait as may.
     #[error("too many bills wait for the ledger; try again in {retry_after:?}")]
     OutboxFull { retry_after: Duration },

@@ -26,6 +26,7 @@ use crate::{
     event::AccountId,
     ledger::{self, give_back, set_aside},
     money::{Money, Total},
+    price::Step,
 };
 
 /// Who leases, and until when.
@@ -61,28 +62,29 @@ pub(crate) struct Reserved {
     amount: i64,
 }
 
-/// What a request wants covered: `fixed` and then as many units as the money allows, of `units_min..=units_max`.
+/// What a request wants covered: `fixed` and then, beyond the units it has, as many as the money allows, of
+/// `units_min..=units_max`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Ask {
     pub fixed: Total,
-    pub unit: Money,
+    pub step: Step,
+    pub units_before: u64,
     pub units_min: u64,
     pub units_max: u64,
 }
 
 impl Ask {
     pub fn cost(&self, units: u64) -> i128 {
-        self.fixed.pico() + self.unit.total_of(units).pico()
+        (self.fixed + self.step.cost(self.units_before, units)).pico()
     }
 
     /// How many units `free` covers, if it covers the fixed part and the least number.
     fn affordable(&self, free: i64) -> Option<u64> {
-        let rest = i128::from(free) - self.fixed.pico();
-        let units = match i128::from(self.unit.pico()) {
-            _ if rest < 0 => return None,
-            0 => self.units_max,
-            unit => u64::try_from(rest / unit).unwrap_or(u64::MAX).min(self.units_max),
-        };
+        let rest = Total::from_pico(free.into()) - self.fixed;
+        if rest < Total::ZERO {
+            return None;
+        }
+        let units = self.step.affordable(self.units_before, rest, self.units_max);
         (units >= self.units_min).then_some(units)
     }
 }

@@ -47,35 +47,36 @@ use std::{
 use arc_swap::ArcSwap;
 pub use audit::{Audit, Check};
 pub use books::Books;
+pub use catalog::{Catalog, Plan, Standing};
 pub use clock::Clock;
 pub use error::{AdmitError, BillingError, SettleError};
 pub use event::{
-    AccountId, AdmitRequest, FinishReason, Outcome, Quantities, RequestId, ServiceTier, UsageEvent,
+    AccountId, AdmitRequest, FinishReason, Media, Outcome, Quantities, RequestId, ServiceTier, UsageEvent,
 };
 pub use hold::{Hold, VoidCause};
 pub use ledger::{AccountKind, Balance, CreditGrant};
 pub use money::{Money, MoneyError, PICO_PER_USD, Total};
 pub use price::{
-    Line, Meter, ModelPrices, Price, PriceBook, PriceBookError, PriceBookHash, PriceError, cost,
+    Adjustment, AdjustmentError, Change, Line, Meter, Price, PriceBook, PriceBookError, PriceBookHash,
+    PriceError, PriceTerms, Prices, Product, Rate, Row, SkuUsage, Step, Tier, TierPart, TierTerms, Tiers,
+    cost, tier_adjustments,
 };
 use sqlx::SqlitePool;
-use time::OffsetDateTime;
 use tokio::{
     sync::{mpsc, oneshot},
-    task::JoinHandle,
+    task::{AbortHandle, JoinHandle},
 };
 pub use usage::{UsageGroup, UsageQuery, UsageRow};
 
 use crate::{
-    catalog::Catalog,
     hold::Granted,
     lease::{Ask, Holder, Slice, Slices},
     outbox::{Outbox, OutboxFile},
     ship::{Flush, ShipStats, Shipper},
 };
 
-/// No prompt and no answer is longer; what claims to be is refused. Keeps every count far from an i64's end.
-const TOKENS_MAX: u64 = 1 << 40;
+/// No request uses more of anything; what claims to is refused. Keeps every count far from an i64's end.
+const UNITS_MAX: u64 = 1 << 40;
 /// How often one ask goes to the ledger again because others took what it had fetched.
 const REFILLS_MAX: usize = 4;
 
@@ -109,6 +110,8 @@ pub struct BillingLimits {
     pub ship_linger: Duration,
     /// The longest pause between two attempts while the ledger does not answer.
     pub ship_backoff_max: Duration,
+    /// How often a gateway looks for price books that others have applied.
+    pub price_poll: Duration,
 }
 
 impl Default for BillingLimits {
@@ -122,6 +125,7 @@ impl Default for BillingLimits {
             ship_events_max: 1_000,
             ship_linger: Duration::from_millis(100),
             ship_backoff_max: Duration::from_secs(5),
+            price_poll: Duration::from_secs(1),
         }
     }
 }
@@ -169,6 +173,8 @@ pub(crate) struct Shared {
     limits: BillingLimits,
     clock: Clock,
     catalog: Arc<ArcSwap<Catalog>>,
+    /// Takes up price books that other processes apply.
+    watch: AbortHandle,
     slices: Arc<Slices>,
     pub(crate) outbox: Outbox,
     ship_stats: Arc<ShipStats>,
@@ -237,12 +243,25 @@ impl Billing {
             lease_ttl: limits.lease_ttl,
         };
         shipper.recover(stale_epoch.as_deref()).await?;
+        let watching = catalog::watch(database, Arc::downgrade(&catalog), limits.price_poll);
+        let watch = tokio::spawn(watching).abort_handle();
         let (flushes, requests) = mpsc::channel(1);
         let task = tokio::spawn(shipper.run(requests));
         let closed = AtomicBool::new(false);
         let counters = Counters::default();
-        let shared =
-            Shared { books, holder, limits, clock, catalog, slices, outbox, ship_stats, counters, closed };
+        let shared = Shared {
+            books,
+            holder,
+            limits,
+            clock,
+            catalog,
+            watch,
+            slices,
+            outbox,
+            ship_stats,
+            counters,
+            closed,
+        };
         Ok(Billing { shared: Arc::new(shared), flushes, shipper: Arc::new(Mutex::new(Some(task))) })
     }
 
@@ -252,6 +271,7 @@ impl Billing {
         if self.shared.closed.swap(true, Ordering::AcqRel) {
             return Ok(());
         }
+        self.shared.watch.abort();
         let flushed = self.flush().await;
         let task = self.shipper.lock().expect("no code panics while it holds the shipper").take();
         if let Some(task) = task {
@@ -279,24 +299,31 @@ impl Billing {
         if shared.closed.load(Ordering::Acquire) {
             return Err(AdmitError::Unavailable(BillingError::Closed));
         }
-        let no_price = || AdmitError::NoPrice { model: request.model.clone() };
+        let (model, service_tier) = (request.model.clone(), request.service_tier);
+        let no_price = || AdmitError::NoPrice { model: model.clone(), service_tier };
         let book = shared.catalog.load().in_force(request.admitted_at).cloned().ok_or_else(no_price)?;
-        let prices = book.model(&request.model).ok_or_else(no_price)?;
+        let prices = book.prices(&request.account, &model, service_tier).ok_or_else(no_price)?;
+        let bound = prices
+            .bound(request.input_tokens, &request.media_max, request.output_tokens_max > 0)
+            .map_err(|_| no_price())?;
         let Some(place) = shared.slices.place(shared.limits.outbox_events_max) else {
             shared.counters.refused_outbox_full.fetch_add(1, Ordering::Relaxed);
             return Err(AdmitError::OutboxFull { retry_after: shared.limits.ship_backoff_max });
         };
-        request.output_tokens_max = request.output_tokens_max.min(TOKENS_MAX);
+        request.output_tokens_max = request.output_tokens_max.min(UNITS_MAX);
         let ask = Ask {
-            fixed: prices.prompt_token_max().total_of(request.input_tokens),
-            unit: prices.output.per_unit,
+            fixed: bound.fixed,
+            step: bound.generated,
+            units_before: 0,
             units_min: request.output_tokens_max.min(1),
             units_max: request.output_tokens_max.min(shared.limits.hold_output_tokens.max(1)),
         };
         let slice = shared.slices.get(&request.account);
-        let granted = match request.input_tokens {
-            0..=TOKENS_MAX => shared.cover(&slice, ask).await.map_err(AdmitError::Unavailable)?,
-            _ => None,
+        let Media { characters, seconds, images } = request.media_max;
+        let counts = [request.input_tokens, characters, seconds, images];
+        let granted = match counts.iter().all(|count| *count <= UNITS_MAX) {
+            true => shared.cover(&slice, ask).await.map_err(AdmitError::Unavailable)?,
+            false => None,
         };
         let Some(granted) = granted else {
             shared.counters.refused_credit.fetch_add(1, Ordering::Relaxed);
@@ -346,16 +373,15 @@ impl Billing {
         self.books().usage(query).await
     }
 
-    /// The book that prices a request admitted at this moment.
-    pub fn price_book_in_force(&self, at: OffsetDateTime) -> Option<PriceBookHash> {
-        self.shared.catalog.load().in_force(at).map(|book| book.hash().clone())
+    /// The price books, as this gateway knows them.
+    pub fn catalog(&self) -> Arc<Catalog> {
+        self.shared.catalog.load_full()
     }
 
     /// Stores a price book. Requests admitted from now on may be priced by it; those admitted before are not touched.
     pub async fn apply_price_book(&self, book: &PriceBook) -> Result<PriceBookHash, BillingError> {
         let hash = self.books().apply_price_book(book).await?;
-        let catalog = Catalog::load(&mut *self.books().database.acquire().await?).await?;
-        self.shared.catalog.store(Arc::new(catalog));
+        catalog::reload(&self.books().database, &self.shared.catalog).await?;
         Ok(hash)
     }
 
@@ -447,7 +473,8 @@ impl Shared {
         let Ok(refilling) = slice.refilling.clone().try_lock_owned() else { return };
         let shared = self.clone();
         tokio::spawn(async move {
-            let nothing = Ask { fixed: Total::ZERO, unit: Money::ZERO, units_min: 0, units_max: 0 };
+            let nothing =
+                Ask { fixed: Total::ZERO, step: Step::FREE, units_before: 0, units_min: 0, units_max: 0 };
             if let Err(error) = shared.refill(&slice, &nothing).await {
                 let error = &error as &dyn std::error::Error;
                 tracing::warn!(error, account = %slice.account, "cannot lease ahead; the lease at hand goes on");

@@ -134,7 +134,7 @@ impl Shipper {
             }
             self.slices.waiting.fetch_sub(posted.bills, Ordering::Relaxed);
         }
-        self.reload_prices().await
+        catalog::reload(&self.database, &self.catalog).await
     }
 
     /// Ships one batch; None if the outbox is empty.
@@ -177,15 +177,6 @@ impl Shipper {
         let expires_at_s = self.clock.expiry_s(self.lease_ttl);
         lease::renew(&mut *self.database.acquire().await?, &self.holder.epoch, expires_at_s).await?;
         self.slices.renewed(expires_at_s);
-        Ok(())
-    }
-
-    /// Takes up price books that another process has applied.
-    async fn reload_prices(&self) -> Result<(), BillingError> {
-        let mut conn = self.database.acquire().await?;
-        if catalog::has_grown(&mut conn, &self.catalog.load()).await? {
-            self.catalog.store(Arc::new(Catalog::load(&mut conn).await?));
-        }
         Ok(())
     }
 }
@@ -291,7 +282,8 @@ pub(crate) fn minute_of(at_ms: i64) -> i64 {
 /// Prices an event again from its quantities and its book; the sum must be the cost that it carries.
 fn repriced(catalog: &Catalog, event: &UsageEvent) -> Result<Vec<(String, Money)>, BillingError> {
     let corrupt = |why: String| BillingError::Corrupt { table: "outbox_events", source: why.into() };
-    let lines = catalog.get(&event.price_book)?.price(&event.model, &event.quantities);
+    let book = catalog.get(&event.price_book)?;
+    let lines = book.price(&event.account, &event.model, event.service_tier, &event.quantities);
     let lines = lines.map_err(|error| corrupt(error.to_string()))?;
     if cost(&lines) != Some(event.cost) {
         return Err(corrupt(format!("request {} does not cost {}", event.request_id, event.cost)));

@@ -4,4 +4,5 @@ mod audit;
 mod crash;
 mod history;
 mod lifecycle;
+mod prices;
 mod support;

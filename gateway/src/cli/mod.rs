@@ -3,6 +3,7 @@
 
 mod keys;
 mod money;
+mod prices;
 
 use std::{
     io::{IsTerminal, Write},
@@ -47,10 +48,22 @@ enum Command {
     Usage(money::UsageArgs),
     /// What an account has left.
     Balance(money::BalanceArgs),
+    /// Apply price books, and show what is in force.
+    Prices(prices::PricesArgs),
     /// Add prepaid credit to an account.
     Credit(money::CreditArgs),
     /// Check the books: every transaction, line, rollup and balance. Fails if one does not hold.
     Audit(money::AuditArgs),
+}
+
+/// What the caller gave is at fault, not what the command met: exit status 2, as for a wrong flag.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:#}")]
+pub struct Refused(anyhow::Error);
+
+/// The exit status of a command that failed.
+pub fn exit_status(error: &anyhow::Error) -> u8 {
+    if error.is::<Refused>() { 2 } else { 1 }
 }
 
 /// Where the configuration comes from; the same for every command.
@@ -134,6 +147,7 @@ impl Cli {
             Command::Keys(args) => args.run().await,
             Command::Usage(args) => args.run().await,
             Command::Balance(args) => args.run().await,
+            Command::Prices(args) => args.run().await,
             Command::Credit(args) => args.run().await,
             Command::Audit(args) => args.run().await,
         }

@@ -187,7 +187,7 @@ impl AuditArgs {
     }
 }
 
-async fn books(config: &ConfigArgs) -> anyhow::Result<Books> {
+pub(super) async fn books(config: &ConfigArgs) -> anyhow::Result<Books> {
     let (_, database) = config.database().await?;
     Books::open(database).await.context("cannot open the books")
 }
