@@ -6,13 +6,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
-use sqlx::SqliteConnection;
 
 use crate::{
-    Books,
+    Books, budget,
     catalog::{self, Catalog},
+    database::Conn,
     error::BillingError,
-    event::{AccountId, Quantities, ServiceTier},
+    event::{AccountId, ServiceTier},
+    fund::Fund,
     lease, ledger,
     money::{Money, Total},
     price::{PriceBookHash, cost},
@@ -82,7 +83,7 @@ type ByMinute = BTreeMap<(String, i64, String), Total>;
 /// What the events add up to.
 struct Events {
     by_minute: ByMinute,
-    rollups: BTreeMap<[String; 6], [i128; 5]>,
+    rollups: BTreeMap<[String; 6], [i128; 9]>,
     sequences: BTreeMap<String, Sequence>,
 }
 
@@ -103,7 +104,7 @@ struct Entries {
 impl Books {
     /// Checks the books against themselves.
     pub async fn audit(&self) -> Result<Audit, BillingError> {
-        let mut snapshot = self.database.begin().await?;
+        let mut snapshot = self.database.snapshot().await?;
         let conn = &mut *snapshot;
         let mut checks = Vec::new();
         checks.push(price_books(conn).await?);
@@ -116,12 +117,13 @@ impl Books {
         checks.push(sequences(conn, &events).await?);
         checks.push(grants(conn, &entries).await?);
         accounts(conn, &entries, &mut checks).await?;
+        checks.push(budgets(conn).await?);
         snapshot.rollback().await?;
         Ok(Audit { checks })
     }
 }
 
-async fn price_books(conn: &mut SqliteConnection) -> Result<Check, BillingError> {
+async fn price_books(conn: &mut Conn) -> Result<Check, BillingError> {
     let mut check = Check::new("every price book hashes to its address");
     for (hash, canonical) in catalog::stored(conn).await? {
         let found = crate::PriceBook::from_toml(&canonical);
@@ -132,17 +134,17 @@ async fn price_books(conn: &mut SqliteConnection) -> Result<Check, BillingError>
     Ok(check)
 }
 
-async fn events(conn: &mut SqliteConnection, checks: &mut Vec<Check>) -> Result<Events, BillingError> {
+async fn events(conn: &mut Conn, checks: &mut Vec<Check>) -> Result<Events, BillingError> {
     let mut derives = Check::new("every event's cost derives from its quantities and price book");
     let mut sums =
         Events { by_minute: BTreeMap::new(), rollups: BTreeMap::new(), sequences: BTreeMap::new() };
     // A book that does not hash to its address was reported above; events under it then have no price.
     let catalog = Catalog::load(conn).await.unwrap_or_default();
-    let mut after = (String::new(), 0);
+    let mut after = 0;
     loop {
-        let page = usage::events_after(conn, (&after.0, after.1), PAGE).await?;
+        let page = usage::events_after(conn, after, PAGE).await?;
         let Some(last) = page.last() else { break };
-        after = (last.epoch.clone(), last.seq);
+        after = last.ordinal;
         for event in &page {
             let repriced = sums.add(&catalog, event);
             derives.expect(repriced == Ok(Money::from_pico(event.cost_pico)), || {
@@ -164,7 +166,7 @@ impl Events {
         let sequence = self.sequences.entry(event.epoch.clone()).or_default();
         sequence.count += 1;
         sequence.max = sequence.max.max(event.seq);
-        let tokens = [event.input_tokens, event.cached_input_tokens, event.output_tokens];
+        let quantities = event.quantities();
         let key = [
             usage::day_of(event.admitted_at_ms),
             event.account.clone(),
@@ -173,20 +175,27 @@ impl Events {
             event.api_key.clone(),
             event.model.clone(),
         ];
-        let rollup = self.rollups.entry(key).or_default();
-        let [input, cached, output] = tokens.map(i128::from);
-        for (sum, part) in rollup.iter_mut().zip([1, input, cached, output, event.cost_pico.into()]) {
-            *sum += part;
+        let counts = [
+            1,
+            event.input_tokens,
+            event.cached_input_tokens,
+            event.output_tokens,
+            event.reasoning_tokens,
+            event.characters,
+            event.seconds,
+            event.images,
+            event.cost_pico,
+        ];
+        for (sum, part) in self.rollups.entry(key).or_default().iter_mut().zip(counts) {
+            *sum += i128::from(part);
         }
-        let [input_tokens, cached_input_tokens, output_tokens] = tokens.map(i64::unsigned_abs);
-        let quantities =
-            Quantities { input_tokens, cached_input_tokens, output_tokens, ..Quantities::default() };
         let hash = PriceBookHash::from_stored(event.price_book.clone());
         let book = catalog.get(&hash).map_err(|error| error.to_string())?;
         let account = AccountId::new(event.account.clone());
-        let lines = book
-            .price(&account, &event.model, ServiceTier::Default, &quantities)
-            .map_err(|error| error.to_string())?;
+        let tier =
+            ServiceTier::parse(&event.service_tier).ok_or_else(|| "an unknown service tier".to_owned())?;
+        let lines = book.price(&account, &event.model, tier, &quantities);
+        let lines = lines.map_err(|error| error.to_string())?;
         for line in lines.iter().filter(|line| line.amount != Money::ZERO) {
             let key =
                 (event.account.clone(), ship::minute_of(event.admitted_at_ms), ledger::revenue(&line.sku));
@@ -196,7 +205,7 @@ impl Events {
     }
 }
 
-async fn entries(conn: &mut SqliteConnection, checks: &mut Vec<Check>) -> Result<Entries, BillingError> {
+async fn entries(conn: &mut Conn, checks: &mut Vec<Check>) -> Result<Entries, BillingError> {
     let mut balanced = Check::new("every ledger transaction sums to zero per currency");
     let mut sums = Entries { customers: BTreeMap::new(), usage: BTreeMap::new(), grants: BTreeMap::new() };
     let mut open: Option<(i64, BTreeMap<String, Total>)> = None;
@@ -240,19 +249,16 @@ impl Entries {
     }
 }
 
-async fn rollups(conn: &mut SqliteConnection, events: &Events) -> Result<Check, BillingError> {
+async fn rollups(conn: &mut Conn, events: &Events) -> Result<Check, BillingError> {
     let mut check = Check::new("every rollup = fold of the events");
-    let sums = |row: &RollupRow| {
-        [row.requests, row.input_tokens, row.cached_input_tokens, row.output_tokens, row.cost_pico]
-            .map(i128::from)
-    };
+    let sums = |row: &RollupRow| row.sums().map(i128::from);
     let rows = usage::rollups(conn, &UsageQuery::default()).await?;
     let stored = rows.iter().map(|row| (row.key().map(str::to_owned), sums(row))).collect();
     check.expect_equal(&stored, &events.rollups);
     Ok(check)
 }
 
-async fn sequences(conn: &mut SqliteConnection, events: &Events) -> Result<Check, BillingError> {
+async fn sequences(conn: &mut Conn, events: &Events) -> Result<Check, BillingError> {
     let mut check =
         Check::new("every outbox is in the ledger without a gap or a second bill for one request");
     let mut refused: BTreeMap<String, Sequence> = BTreeMap::new();
@@ -274,7 +280,7 @@ async fn sequences(conn: &mut SqliteConnection, events: &Events) -> Result<Check
     Ok(check)
 }
 
-async fn grants(conn: &mut SqliteConnection, entries: &Entries) -> Result<Check, BillingError> {
+async fn grants(conn: &mut Conn, entries: &Entries) -> Result<Check, BillingError> {
     let mut check = Check::new("every grant = its ledger transaction");
     let mut stored = BTreeMap::new();
     for (_, account, amount, transaction_id) in ledger::grants(conn).await? {
@@ -284,24 +290,26 @@ async fn grants(conn: &mut SqliteConnection, entries: &Entries) -> Result<Check,
     Ok(check)
 }
 
-async fn accounts(
-    conn: &mut SqliteConnection,
-    entries: &Entries,
-    checks: &mut Vec<Check>,
-) -> Result<(), BillingError> {
+async fn accounts(conn: &mut Conn, entries: &Entries, checks: &mut Vec<Check>) -> Result<(), BillingError> {
     let mut balances = Check::new("every balance = fold of its entries");
-    let mut leased = Check::new("every account's leased sum = its leases");
+    let mut leased = Check::new("what every account and budget has leased = the sum of its leases");
     let mut capped = Check::new("no account's available amount is below zero");
     let mut leases: BTreeMap<String, Total> = BTreeMap::new();
-    for (account, amount) in lease::leases(conn).await? {
-        *leases.entry(account).or_default() += Total::from_pico(amount.into());
+    for (fund, amount) in lease::leases(conn).await? {
+        *leases.entry(fund).or_default() += Total::from_pico(amount.into());
     }
     let accounts = ledger::accounts(conn).await?;
     let by_account = |of: fn(&ledger::Balance) -> Money| -> BTreeMap<String, Total> {
         accounts.iter().map(|balance| (balance.account.to_string(), of(balance).into())).collect()
     };
+    let fund_of = |account: AccountId| Fund::Account(account).to_string();
+    let mut set_aside: BTreeMap<String, Total> =
+        accounts.iter().map(|balance| (fund_of(balance.account.clone()), balance.leased.into())).collect();
+    for (fund, leased) in budget::leased(conn).await? {
+        set_aside.insert(fund, Total::from_pico(leased.into()));
+    }
+    leased.expect_equal(&set_aside, &leases);
     balances.expect_equal(&by_account(|balance| balance.posted), &entries.customers);
-    leased.expect_equal(&by_account(|balance| balance.leased), &leases);
     for balance in &accounts {
         capped.expect(balance.available >= Money::ZERO, || {
             format!("{}: {}", balance.account, balance.available)
@@ -309,4 +317,24 @@ async fn accounts(
     }
     checks.extend([balances, leased, capped]);
     Ok(())
+}
+
+/// Rollups were compared with the events above, so what a budget has spent is compared with them.
+async fn budgets(conn: &mut Conn) -> Result<Check, BillingError> {
+    let mut check = Check::new("every budget's spending = fold of the events in its window");
+    let rows = usage::rollups(conn, &UsageQuery::default()).await?;
+    for window in budget::windows(conn).await? {
+        let in_scope = |row: &&RollupRow| {
+            let id = match window.scope.as_str() {
+                "org" => &row.org,
+                "project" => &row.project,
+                _ => &row.api_key,
+            };
+            *id == window.scope_id && row.day >= window.from_day && row.day < window.to_day
+        };
+        let folded: Total = rows.iter().filter(in_scope).map(|row| Money::from_pico(row.cost_pico)).sum();
+        let spent = Total::from_pico(window.spent_pico.into());
+        check.expect(folded == spent, || format!("{}: {spent} is not {folded}", window.fund));
+    }
+    Ok(check)
 }

@@ -4,10 +4,12 @@
 
 use std::collections::BTreeSet;
 
-use sqlx::{Sqlite, SqlitePool, Transaction};
+use time::OffsetDateTime;
 
 use crate::{
+    budget::{self, Budget, BudgetStatus},
     catalog::{self, Catalog},
+    database::{Database, Migrations, Tx},
     error::BillingError,
     event::AccountId,
     ledger::{self, AccountKind, Balance, CreditGrant},
@@ -15,37 +17,21 @@ use crate::{
     usage::{self, UsageQuery, UsageRow},
 };
 
-/// `synchronous=FULL`: a commit that was answered survives a power cut.
-const SYNCHRONOUS_FULL: i64 = 2;
-
 #[derive(Clone, Debug)]
 pub struct Books {
-    pub(crate) database: SqlitePool,
+    pub(crate) database: Database,
 }
 
 impl Books {
-    /// Brings billing's tables in `database` up to date. Every connection must have `synchronous=FULL` (or EXTRA) and
-    /// `foreign_keys=ON`.
-    pub async fn open(database: SqlitePool) -> Result<Books, BillingError> {
-        let (synchronous,): (i64,) = sqlx::query_as("PRAGMA synchronous").fetch_one(&database).await?;
-        if synchronous < SYNCHRONOUS_FULL {
-            return Err(BillingError::NotDurable {
-                pragma: "synchronous",
-                found: synchronous,
-                needed: "FULL",
-            });
-        }
-        let (foreign_keys,): (i64,) = sqlx::query_as("PRAGMA foreign_keys").fetch_one(&database).await?;
-        if foreign_keys != 1 {
-            return Err(BillingError::NotDurable {
-                pragma: "foreign_keys",
-                found: foreign_keys,
-                needed: "ON",
-            });
-        }
-        let mut migrator = sqlx::migrate!("./migrations/ledger");
-        migrator.dangerous_set_table_name("_billing_migrations");
-        migrator.run(&database).await?;
+    /// Brings billing's tables in `database` up to date.
+    pub async fn open(database: Database) -> Result<Books, BillingError> {
+        database
+            .migrate(Migrations {
+                sqlite: sqlx::migrate!("./migrations/sqlite"),
+                postgres: sqlx::migrate!("./migrations/postgres"),
+                table: "_billing_migrations",
+            })
+            .await?;
         Ok(Books { database })
     }
 
@@ -64,21 +50,21 @@ impl Books {
     }
 
     pub async fn balance(&self, account: &AccountId) -> Result<Balance, BillingError> {
-        ledger::balance(&mut *self.database.acquire().await?, account).await
+        ledger::balance(&mut self.database.read().await?, account).await
     }
 
     /// Every account, by id.
     pub async fn accounts(&self) -> Result<Vec<Balance>, BillingError> {
-        ledger::accounts(&mut *self.database.acquire().await?).await
+        ledger::accounts(&mut self.database.read().await?).await
     }
 
     /// Every price book.
     pub async fn catalog(&self) -> Result<Catalog, BillingError> {
-        Catalog::load(&mut *self.database.acquire().await?).await
+        Catalog::load(&mut self.database.read().await?).await
     }
 
     /// Stores a price book, whatever a [`Plan`](crate::Plan) says of it. Running servers take it up within a
-    /// `price_poll`.
+    /// `refresh`.
     pub async fn apply_price_book(&self, book: &PriceBook) -> Result<PriceBookHash, BillingError> {
         let mut tx = self.write().await?;
         catalog::apply(&mut tx, book).await?;
@@ -88,12 +74,33 @@ impl Books {
 
     /// Usage that has arrived in the ledger, which takes a moment after a request (`ship_linger`).
     pub async fn usage(&self, query: &UsageQuery) -> Result<Vec<UsageRow>, BillingError> {
-        let rows = usage::rollups(&mut *self.database.acquire().await?, query).await?;
+        let rows = usage::rollups(&mut self.database.read().await?, query).await?;
         let groups: BTreeSet<_> = query.group_by.iter().copied().collect();
         Ok(usage::fold(rows, &groups.into_iter().collect::<Vec<_>>()))
     }
 
-    async fn write(&self) -> Result<Transaction<'static, Sqlite>, BillingError> {
-        Ok(self.database.begin_with("BEGIN IMMEDIATE").await?)
+    /// Creates a budget, or changes limit, hardness and thresholds of the one with this id. Running servers keep to it
+    /// within a second; requests that they admitted before are not cut.
+    pub async fn put_budget(&self, budget: &Budget) -> Result<(), BillingError> {
+        let mut tx = self.write().await?;
+        budget::put(&mut tx, budget, OffsetDateTime::now_utc().unix_timestamp()).await?;
+        Ok(tx.commit().await?)
+    }
+
+    /// Ends a budget; false where there is none.
+    pub async fn delete_budget(&self, id: &str) -> Result<bool, BillingError> {
+        let mut tx = self.write().await?;
+        let deleted = budget::delete(&mut tx, id, OffsetDateTime::now_utc().unix_timestamp()).await?;
+        tx.commit().await?;
+        Ok(deleted)
+    }
+
+    /// Every budget with the window that `at` falls in.
+    pub async fn budgets(&self, at: OffsetDateTime) -> Result<Vec<BudgetStatus>, BillingError> {
+        budget::statuses(&mut *self.database.snapshot().await?, at).await
+    }
+
+    async fn write(&self) -> Result<Tx, BillingError> {
+        Ok(self.database.write().await?)
     }
 }

@@ -1,15 +1,12 @@
 //! The price books that exist, and which one is in force when. Owns the table `price_books`.
 
-use std::{
-    sync::{Arc, Weak},
-    time::Duration,
-};
+use std::sync::Arc;
 
-use arc_swap::ArcSwap;
-use sqlx::{SqliteConnection, SqlitePool};
 use time::OffsetDateTime;
 
 use crate::{
+    args,
+    database::Conn,
     error::BillingError,
     price::{Change, PriceBook, PriceBookHash},
 };
@@ -48,7 +45,7 @@ pub enum Standing {
 }
 
 impl Catalog {
-    pub(crate) async fn load(conn: &mut SqliteConnection) -> Result<Catalog, BillingError> {
+    pub(crate) async fn load(conn: &mut Conn) -> Result<Catalog, BillingError> {
         let mut books = Vec::new();
         for (hash, canonical) in stored(conn).await? {
             let corrupt = |source| BillingError::Corrupt { table: "price_books", source };
@@ -111,47 +108,24 @@ impl Catalog {
 }
 
 /// Stores a book; a known one changes nothing.
-pub(crate) async fn apply(conn: &mut SqliteConnection, book: &PriceBook) -> Result<(), BillingError> {
-    sqlx::query(
-        "INSERT INTO price_books (hash, effective_from_s, canonical) VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
+pub(crate) async fn apply(conn: &mut Conn, book: &PriceBook) -> Result<(), BillingError> {
+    conn.execute(
+        "INSERT INTO price_books (hash, effective_from_s, canonical) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
+        args![book.hash().as_str(), book.effective_from().unix_timestamp(), &book.canonical()],
     )
-    .bind(book.hash().as_str())
-    .bind(book.effective_from().unix_timestamp())
-    .bind(book.canonical())
-    .execute(conn)
     .await?;
     Ok(())
 }
 
-/// Takes up the books that other processes applied since `catalog` was read.
-pub(crate) async fn reload(database: &SqlitePool, catalog: &ArcSwap<Catalog>) -> Result<(), BillingError> {
-    let mut conn = database.acquire().await?;
-    let (count,): (i64,) = sqlx::query_as("SELECT count(*) FROM price_books").fetch_one(&mut *conn).await?;
-    // The table only grows.
-    if count != catalog.load().books.len() as i64 {
-        catalog.store(Arc::new(Catalog::load(&mut conn).await?));
-    }
-    Ok(())
-}
-
-/// Reloads every so often, until nobody has the catalog any more.
-pub(crate) async fn watch(database: SqlitePool, catalog: Weak<ArcSwap<Catalog>>, every: Duration) {
-    let mut failing = false;
-    loop {
-        tokio::time::sleep(every).await;
-        let Some(catalog) = catalog.upgrade() else { return };
-        let reloaded = reload(&database, &catalog).await;
-        if let (Err(error), false) = (&reloaded, failing) {
-            let error = error as &dyn std::error::Error;
-            tracing::warn!(error, "new price books are not seen while the ledger does not answer");
-        }
-        failing = reloaded.is_err();
-    }
+/// Whether another process has applied a book since this catalog was read.
+pub(crate) async fn has_grown(conn: &mut Conn, catalog: &Catalog) -> Result<bool, BillingError> {
+    let (count,): (i64,) = conn.fetch_one("SELECT count(*) FROM price_books", args![]).await?;
+    Ok(count != catalog.books.len() as i64)
 }
 
 /// (hash, canonical form), in the order in which they were applied.
-pub(crate) async fn stored(conn: &mut SqliteConnection) -> Result<Vec<(String, String)>, BillingError> {
-    Ok(sqlx::query_as("SELECT hash, canonical FROM price_books ORDER BY ordinal").fetch_all(conn).await?)
+pub(crate) async fn stored(conn: &mut Conn) -> Result<Vec<(String, String)>, BillingError> {
+    Ok(conn.fetch_all("SELECT hash, canonical FROM price_books ORDER BY ordinal", args![]).await?)
 }
 
 #[cfg(test)]

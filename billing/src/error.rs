@@ -13,10 +13,12 @@ use crate::{
 pub enum BillingError {
     #[error("the billing database does not answer")]
     Database(#[from] sqlx::Error),
-    #[error("the billing tables cannot be brought up to date; the file may come from a newer version")]
+    #[error(transparent)]
+    Open(#[from] crate::database::DatabaseError),
+    #[error("the outbox cannot be brought up to date; the file may come from a newer version")]
     Migrate(#[from] sqlx::migrate::MigrateError),
-    #[error("the billing database runs with {pragma} = {found}, which can lose money; open it with {needed}")]
-    NotDurable { pragma: &'static str, found: i64, needed: &'static str },
+    #[error("{field}: {fix}")]
+    Budget { field: &'static str, fix: String },
     #[error(
         "the outbox {path} cannot be opened: check that the folder is writable and that no other server uses it"
     )]
@@ -62,6 +64,11 @@ pub enum AdmitError {
     /// The prompt and one output token cost more than the account has.
     #[error("the request needs at least {needed}, and {available} are available")]
     InsufficientCredit { needed: Money, available: Money },
+    /// The prompt and one output token cost more than a budget has left.
+    #[error(
+        "the budget {budget} has {available} left in this window, and the request needs at least {needed}"
+    )]
+    OverBudget { budget: String, needed: Money, available: Money },
     #[error("there is no {service_tier} price for the model {model}")]
     NoPrice { model: String, service_tier: ServiceTier },
     /// The ledger cannot be reached and as many bills wait as may.

@@ -131,6 +131,9 @@ pub struct UsageEvent {
     pub admitted_at_ms: i64,
     pub price_book: PriceBookHash,
     pub cost: Money,
+    /// The budget windows that the hold drew on, by their keys.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub budgets: Vec<String>,
 }
 
 impl AccountId {
@@ -190,6 +193,12 @@ impl Quantities {
 }
 
 impl ServiceTier {
+    const ALL: [ServiceTier; 3] = [ServiceTier::Default, ServiceTier::Batch, ServiceTier::Priority];
+
+    pub(crate) fn parse(name: &str) -> Option<ServiceTier> {
+        ServiceTier::ALL.into_iter().find(|tier| tier.as_str() == name)
+    }
+
     pub fn as_str(self) -> &'static str {
         match self {
             ServiceTier::Default => "default",

@@ -11,6 +11,7 @@ use crate::{
     Shared,
     error::SettleError,
     event::{AdmitRequest, Media, Outcome, Quantities, UsageEvent},
+    fund::Fund,
     lease::{Ask, Place, Reserved, Slice},
     money::Total,
     outbox::{Append, Command},
@@ -34,19 +35,19 @@ pub enum VoidCause {
 #[derive(Debug)]
 pub struct Hold {
     shared: Arc<Shared>,
-    slice: Arc<Slice>,
+    slices: Vec<Arc<Slice>>,
     book: Arc<PriceBook>,
     request: Box<AdmitRequest>,
     granted: u64,
     exhausted: bool,
     /// None once the hold has ended.
-    money: Option<(Reserved, Place)>,
+    money: Option<(Vec<Reserved>, Place)>,
 }
 
 impl Hold {
     pub(crate) fn new(
         shared: Arc<Shared>,
-        slice: Arc<Slice>,
+        slices: Vec<Arc<Slice>>,
         book: Arc<PriceBook>,
         request: AdmitRequest,
         granted: Granted,
@@ -54,7 +55,7 @@ impl Hold {
     ) -> Hold {
         let Granted { units, reserved, exhausted } = granted;
         let money = Some((reserved, place));
-        Hold { shared, slice, book, request: Box::new(request), granted: units, exhausted, money }
+        Hold { shared, slices, book, request: Box::new(request), granted: units, exhausted, money }
     }
 
     /// How many output tokens are covered now, in total.
@@ -81,14 +82,14 @@ impl Hold {
         }
         let (step, units_before, units_max) = (self.token_step(), self.granted, target - self.granted);
         let ask = Ask { fixed: Total::ZERO, step, units_before, units_min: 0, units_max };
-        match self.shared.cover(&self.slice, ask).await {
-            Ok(Some(Granted { units, reserved, exhausted })) => {
+        match self.shared.cover(&self.slices, ask).await {
+            Ok(Covered::Granted(Granted { units, reserved, exhausted })) => {
                 self.granted += units;
                 self.exhausted = exhausted;
                 let (money, _) = self.money.as_mut().expect("a hold that is not consumed has its money");
-                money.absorb(reserved);
+                money.iter_mut().zip(reserved).for_each(|(money, more)| money.absorb(more));
             }
-            Ok(None) => self.exhausted = true,
+            Ok(Covered::Short(_)) => self.exhausted = true,
             Err(error) => {
                 let error = &error as &dyn std::error::Error;
                 tracing::warn!(error, request_id = %self.request.request_id, "a stream ends early: its hold cannot grow");
@@ -105,9 +106,14 @@ impl Hold {
     pub async fn settle(mut self, outcome: Outcome) -> Result<UsageEvent, SettleError> {
         let shared = self.shared.clone();
         let permit = shared.outbox.permit().await?;
-        let event = self.bill(&outcome);
+        let mut event = self.bill(&outcome);
         let (reserved, place) = self.money.take().expect("a hold that is not consumed has its money");
-        assert!(reserved.covers(event.cost), "a bill is never above its hold");
+        assert!(
+            reserved.iter().all(|reserved| reserved.covers(event.cost)),
+            "a bill is never above its hold"
+        );
+        let funds = reserved.iter().map(Reserved::fund);
+        event.budgets = funds.filter(|fund| matches!(fund, Fund::Budget(_))).map(Fund::to_string).collect();
         let (reply, durable) = oneshot::channel();
         permit.send(Command::Append(Box::new(Append { event, reserved, place, reply })));
         shared.counters.open.fetch_sub(1, Ordering::Relaxed);
@@ -168,7 +174,8 @@ impl Hold {
             org: request.org.clone(),
             project: request.project.clone(),
             api_key: request.api_key.clone(),
-            user: request.user.clone(),
+            // PostgreSQL stores every character but this one.
+            user: request.user.replace('\0', ""),
             model: request.model.clone(),
             service_tier: request.service_tier,
             node: outcome.node.clone(),
@@ -180,6 +187,7 @@ impl Hold {
             admitted_at_ms: (request.admitted_at.unix_timestamp_nanos() / 1_000_000) as i64,
             price_book: self.book.hash().clone(),
             cost: cost(&lines).expect("lines under a hold sum to at most the hold"),
+            budgets: Vec::new(),
         }
     }
 }
@@ -203,11 +211,19 @@ impl Drop for Hold {
     }
 }
 
-/// What an [`Ask`] got.
+/// What became of an [`Ask`].
+#[derive(Debug)]
+pub(crate) enum Covered {
+    Granted(Granted),
+    /// This fund cannot pay the least of it.
+    Short(Arc<Slice>),
+}
+
 #[derive(Debug)]
 pub(crate) struct Granted {
     pub units: u64,
-    pub reserved: Reserved,
-    /// The account has no more than this.
+    /// Of each fund, in the order of the slices.
+    pub reserved: Vec<Reserved>,
+    /// One of the funds has no more than this.
     pub exhausted: bool,
 }

@@ -1,33 +1,40 @@
 //! Leases: money that this gateway may spend without asking the ledger.
 //!
-//! A lease is durable (`leases`, and set aside in the account); its gateway holds it as a [`Slice`] in memory. Admitting,
-//! extending and settling move money within the slice and take no trip to the database. Only a slice that runs short
-//! leases more, one trip at a time for each account.
+//! A lease is durable (`fund_leases`, and set aside in its fund); its gateway holds it as a [`Slice`] in memory. Admitting,
+//! extending and settling move money within slices and take no trip to the database. Only a slice that runs short
+//! leases more, one trip at a time for each fund.
 //!
 //! ```text
 //! lease in the ledger = free + held by open holds + settled and not yet shipped
 //! ```
 //!
-//! A gateway that crashed takes its lease back when it starts again, after its outbox has been shipped. One that never
-//! comes back loses it to the account when it has not renewed it for `lease_ttl`.
+//! A gateway that crashed takes its leases back when it starts again, after its outbox has been shipped. One that never
+//! comes back loses them to their funds when it has not renewed them for `lease_ttl`. What lies idle is given back, so that
+//! other gateways can have it.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::{
         Arc, Mutex, MutexGuard,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
-use sqlx::{SqliteConnection, SqlitePool};
-
 use crate::{
+    args,
+    budget::{self, Budget, Window},
+    database::{Conn, Database, Tx},
     error::BillingError,
     event::AccountId,
-    ledger::{self, give_back, set_aside},
+    fund::Fund,
     money::{Money, Total},
     price::Step,
 };
+
+/// Beyond what a request needs, a gateway takes at most this part of what its fund has left: others may need it too.
+const SHARE: i64 = 4;
+/// Clocks of gateways differ by less than this: only so long after a lease has expired may others take it.
+const EXPIRY_GRACE_S: i64 = 60;
 
 /// Who leases, and until when.
 #[derive(Clone, Debug)]
@@ -36,12 +43,15 @@ pub(crate) struct Holder {
     pub gateway: String,
 }
 
-/// One account's leased money in this process.
+/// One fund's leased money in this process.
 #[derive(Debug)]
 pub(crate) struct Slice {
-    pub account: AccountId,
+    pub fund: Fund,
+    /// What a budget's fund is a window of, and whether the ledger is known to have its row.
+    window: Option<(Budget, Window)>,
+    has_row: AtomicBool,
     funds: Mutex<Funds>,
-    /// Held by the one task that talks to the ledger about this account.
+    /// Held by the one task that talks to the ledger about this fund.
     pub refilling: Arc<tokio::sync::Mutex<()>>,
 }
 
@@ -51,6 +61,9 @@ struct Funds {
     held: i64,
     unshipped: i64,
     expires_at_s: i64,
+    used_at_s: i64,
+    /// Below this, more is leased ahead.
+    low_water: i64,
     /// The ledger had no more at the last trip, so prefetching would be in vain.
     dry: bool,
 }
@@ -74,6 +87,10 @@ pub(crate) struct Ask {
 }
 
 impl Ask {
+    /// Nothing: leases ahead.
+    pub const NOTHING: Ask =
+        Ask { fixed: Total::ZERO, step: Step::FREE, units_before: 0, units_min: 0, units_max: 0 };
+
     pub fn cost(&self, units: u64) -> i128 {
         (self.fixed + self.step.cost(self.units_before, units)).pico()
     }
@@ -94,27 +111,23 @@ impl Slice {
         self.funds.lock().expect("no code panics while it holds the funds")
     }
 
-    /// Covers the whole ask, without a trip, or nothing.
-    pub fn take_all(self: &Arc<Slice>, ask: &Ask, now_s: i64) -> Option<Reserved> {
+    /// How many units of the ask there is money for, without a trip.
+    pub fn affords(&self, ask: &Ask, now_s: i64) -> Option<u64> {
+        let funds = self.funds();
+        ask.affordable(funds.free).filter(|_| funds.expires_at_s > now_s)
+    }
+
+    /// Covers exactly so many units, or nothing.
+    pub fn take(self: &Arc<Slice>, ask: &Ask, units: u64, now_s: i64) -> Option<Reserved> {
         let mut funds = self.funds();
-        if funds.expires_at_s <= now_s || ask.affordable(funds.free) != Some(ask.units_max) {
+        if funds.expires_at_s <= now_s || ask.cost(units) > i128::from(funds.free) {
             return None;
         }
-        Some(self.reserve(&mut funds, ask.cost(ask.units_max)))
-    }
-
-    /// Covers as much of the ask as there is money for.
-    pub fn take_most(self: &Arc<Slice>, ask: &Ask, now_s: i64) -> Option<(u64, Reserved)> {
-        let mut funds = self.funds();
-        let units = ask.affordable(funds.free).filter(|_| funds.expires_at_s > now_s)?;
-        Some((units, self.reserve(&mut funds, ask.cost(units))))
-    }
-
-    fn reserve(self: &Arc<Slice>, funds: &mut Funds, amount: i128) -> Reserved {
-        let amount = i64::try_from(amount).expect("what is affordable is at most the free money");
+        let amount = i64::try_from(ask.cost(units)).expect("what is affordable is at most the free money");
         funds.free -= amount;
         funds.held += amount;
-        Reserved { slice: self.clone(), amount }
+        funds.used_at_s = now_s;
+        Some(Reserved { slice: self.clone(), amount })
     }
 
     /// Bills of this slice that have arrived in the ledger.
@@ -129,13 +142,23 @@ impl Slice {
         funds.free += cost.pico();
     }
 
-    pub fn is_low(&self, low_water: Money) -> bool {
+    pub fn is_low(&self) -> bool {
         let funds = self.funds();
-        !funds.dry && funds.free < low_water.pico()
+        !funds.dry && funds.free < funds.low_water
+    }
+
+    /// The budget of whose window this is a slice.
+    pub fn budget(&self) -> Option<&Budget> {
+        self.window.as_ref().map(|(budget, _)| budget)
     }
 
     pub fn free(&self) -> Money {
         Money::from_pico(self.funds().free)
+    }
+
+    fn is_idle(&self, since_s: i64) -> bool {
+        let funds = self.funds();
+        funds.free > 0 && funds.used_at_s < since_s
     }
 
     fn renewed(&self, expires_at_s: i64) {
@@ -146,6 +169,7 @@ impl Slice {
 impl Reserved {
     /// Adds money of the same slice.
     pub fn absorb(&mut self, mut more: Reserved) {
+        debug_assert_eq!(self.slice.fund, more.slice.fund);
         self.amount += std::mem::take(&mut more.amount);
     }
 
@@ -166,6 +190,10 @@ impl Reserved {
     pub fn covers(&self, cost: Money) -> bool {
         cost.pico() <= self.amount
     }
+
+    pub fn fund(&self) -> &Fund {
+        &self.slice.fund
+    }
 }
 
 impl Drop for Reserved {
@@ -178,10 +206,10 @@ impl Drop for Reserved {
     }
 }
 
-/// The slices of this gateway, one for each account that it has served.
+/// The slices of this gateway, one for each fund that it has served.
 #[derive(Debug, Default)]
 pub(crate) struct Slices {
-    by_account: Mutex<HashMap<AccountId, Arc<Slice>>>,
+    by_fund: Mutex<HashMap<Fund, Arc<Slice>>>,
     /// Bills that wait for the ledger, those of open holds included.
     pub waiting: Arc<AtomicU64>,
 }
@@ -206,19 +234,41 @@ impl Drop for Place {
 }
 
 impl Slices {
-    pub fn get(&self, account: &AccountId) -> Arc<Slice> {
-        let mut slices = self.by_account.lock().expect("no code panics while it holds the slices");
-        if let Some(slice) = slices.get(account) {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Fund, Arc<Slice>>> {
+        self.by_fund.lock().expect("no code panics while it holds the slices")
+    }
+
+    pub fn of_account(&self, account: &AccountId) -> Arc<Slice> {
+        self.get_or(Fund::Account(account.clone()), || None)
+    }
+
+    pub fn of_budget(&self, budget: &Budget, window: Window) -> Arc<Slice> {
+        self.get_or(budget.fund(&window), || Some((budget.clone(), window)))
+    }
+
+    /// The slice of a fund, if this process has leased of it.
+    pub fn get(&self, fund: &Fund) -> Option<Arc<Slice>> {
+        self.lock().get(fund).cloned()
+    }
+
+    fn get_or(&self, fund: Fund, window: impl FnOnce() -> Option<(Budget, Window)>) -> Arc<Slice> {
+        let mut slices = self.lock();
+        if let Some(slice) = slices.get(&fund) {
             return slice.clone();
         }
-        let slice =
-            Arc::new(Slice { account: account.clone(), funds: Mutex::default(), refilling: Arc::default() });
-        slices.insert(account.clone(), slice.clone());
+        let slice = Arc::new(Slice {
+            fund: fund.clone(),
+            window: window(),
+            has_row: AtomicBool::new(false),
+            funds: Mutex::default(),
+            refilling: Arc::default(),
+        });
+        slices.insert(fund, slice.clone());
         slice
     }
 
     pub fn all(&self) -> Vec<Arc<Slice>> {
-        self.by_account.lock().expect("no code panics while it holds the slices").values().cloned().collect()
+        self.lock().values().cloned().collect()
     }
 
     /// A place for one more bill, if fewer than `limit` wait.
@@ -233,37 +283,54 @@ impl Slices {
             slice.renewed(expires_at_s);
         }
     }
+
+    /// Forgets slices that nobody uses and that hold nothing: those of windows that are over, and of idle accounts.
+    pub fn forget_empty(&self) {
+        self.lock().retain(|_, slice| {
+            let funds = *slice.funds();
+            Arc::strong_count(slice) > 1 || funds.free + funds.held + funds.unshipped != 0
+        });
+    }
 }
 
-/// Leases more for `slice`: at least what `ask` is short of, and up to `slice_size` beyond. Takes what there is if that
-/// covers the least of the ask, and nothing if it does not. True: the account has no more. The caller holds
-/// `slice.refilling`.
+/// Leases more for `slice`: what `ask` is short of, and ahead of the next requests up to `slice_size` or a share of what
+/// is left. Takes what there is if that covers the least of the ask, and nothing if it does not. True: the fund has no
+/// more. The caller holds `slice.refilling`.
 pub(crate) async fn refill(
-    database: &SqlitePool,
+    database: &Database,
     holder: &Holder,
     slice: &Arc<Slice>,
     ask: &Ask,
     slice_size: Money,
-    expires_at_s: i64,
+    (now_s, expires_at_s): (i64, i64),
 ) -> Result<bool, BillingError> {
-    let account = &slice.account;
-    // A broke account is refused by a read, which never waits for a writer.
-    let before = ledger::balance(&mut *database.acquire().await?, account).await?;
+    if let Some((budget, window)) = &slice.window
+        && !slice.has_row.load(Ordering::Relaxed)
+    {
+        let mut tx = database.write().await?;
+        budget::ensure_window(&mut tx, budget, window).await?;
+        tx.commit().await?;
+        slice.has_row.store(true, Ordering::Relaxed);
+    }
+    // A broke fund is refused by a read, which never waits for a writer.
+    let before = slice.fund.available(&mut database.read().await?).await?;
     let free = slice.free();
     let short = |units| ask.cost(units) - i128::from(free.pico());
-    if short(ask.units_min) > i128::from(before.available.pico()) {
+    if short(ask.units_min) > i128::from(before.pico()) {
         slice.funds().dry = true;
         return Ok(true);
     }
-    let mut tx = database.begin_with("BEGIN IMMEDIATE").await?;
-    let available = ledger::balance(&mut tx, account).await?.available;
-    let wanted = short(ask.units_max).max(i128::from(slice_size.pico()));
+    let mut tx = database.write().await?;
+    slice.fund.lock(&mut tx).await?;
+    let available = slice.fund.available(&mut tx).await?;
+    let ahead = slice_size.pico().min(available.pico() / SHARE);
+    let wanted = short(ask.units_max).max(i128::from(ahead));
     let taken =
         i64::try_from(wanted).map_or(available, |wanted| available.min(Money::from_pico(wanted.max(0))));
-    if !set_aside(&mut tx, account, taken).await? {
+    if !slice.fund.set_aside(&mut tx, taken).await? {
         return Ok(true);
     }
-    let lost = !enlarge(&mut tx, holder, account, taken, expires_at_s).await?;
+    let lost = !enlarge(&mut tx, holder, &slice.fund, taken, expires_at_s).await?;
     tx.commit().await?;
     let mut funds = slice.funds();
     if lost {
@@ -272,123 +339,159 @@ pub(crate) async fn refill(
     }
     funds.free += taken.pico();
     funds.expires_at_s = expires_at_s;
+    funds.used_at_s = now_s;
+    funds.low_water = ahead / 2;
     funds.dry = taken == available;
     Ok(funds.dry)
 }
 
 /// Adds to the durable lease; false if there was none.
 async fn enlarge(
-    conn: &mut SqliteConnection,
+    conn: &mut Conn,
     holder: &Holder,
-    account: &AccountId,
+    fund: &Fund,
     amount: Money,
     expires_at_s: i64,
 ) -> Result<bool, BillingError> {
-    let enlarged = sqlx::query(
-        "UPDATE leases SET amount_pico = amount_pico + ?, expires_at_s = ? WHERE holder = ? AND account = ?",
-    )
-    .bind(amount.pico())
-    .bind(expires_at_s)
-    .bind(&holder.epoch)
-    .bind(account.as_str())
-    .execute(&mut *conn)
-    .await?;
-    if enlarged.rows_affected() == 1 {
+    let fund = fund.to_string();
+    let enlarged = conn
+        .execute(
+            "UPDATE fund_leases SET amount_pico = amount_pico + $1, expires_at_s = $2 WHERE holder = $3 AND fund = $4",
+            args![amount.pico(), expires_at_s, &holder.epoch, &fund],
+        )
+        .await?;
+    if enlarged == 1 {
         return Ok(true);
     }
-    sqlx::query(
-        "INSERT INTO leases (holder, account, gateway, amount_pico, expires_at_s) VALUES (?, ?, ?, ?, ?)",
+    conn.execute(
+        "INSERT INTO fund_leases (holder, fund, gateway, amount_pico, expires_at_s) VALUES ($1, $2, $3, $4, $5)",
+        args![&holder.epoch, &fund, &holder.gateway, amount.pico(), expires_at_s],
     )
-    .bind(&holder.epoch)
-    .bind(account.as_str())
-    .bind(&holder.gateway)
-    .bind(amount.pico())
-    .bind(expires_at_s)
-    .execute(conn)
     .await?;
     Ok(false)
 }
 
-/// Takes up to `cost` out of the lease, for bills that are being posted. Returns how much there was.
+/// Takes up to `cost` out of the lease, for bills that are being posted. Returns how much there was. The caller has
+/// locked the fund.
 pub(crate) async fn draw(
-    conn: &mut SqliteConnection,
+    conn: &mut Conn,
     holder: &str,
-    account: &AccountId,
+    fund: &Fund,
     cost: Money,
 ) -> Result<Money, BillingError> {
-    let lease: Option<(i64,)> =
-        sqlx::query_as("SELECT amount_pico FROM leases WHERE holder = ? AND account = ?")
-            .bind(holder)
-            .bind(account.as_str())
-            .fetch_optional(&mut *conn)
-            .await?;
-    let drawn = lease.map_or(0, |(amount,)| amount.min(cost.pico()));
-    sqlx::query("UPDATE leases SET amount_pico = amount_pico - ? WHERE holder = ? AND account = ?")
-        .bind(drawn)
-        .bind(holder)
-        .bind(account.as_str())
-        .execute(conn)
+    let fund = fund.to_string();
+    let lease: Option<(i64,)> = conn
+        .fetch_optional(
+            "SELECT amount_pico FROM fund_leases WHERE holder = $1 AND fund = $2",
+            args![holder, &fund],
+        )
         .await?;
+    let drawn = lease.map_or(0, |(amount,)| amount.min(cost.pico()));
+    conn.execute(
+        "UPDATE fund_leases SET amount_pico = amount_pico - $1 WHERE holder = $2 AND fund = $3",
+        args![drawn, holder, &fund],
+    )
+    .await?;
     Ok(Money::from_pico(drawn))
 }
 
-/// Keeps every lease of this holder for longer.
-pub(crate) async fn renew(
-    conn: &mut SqliteConnection,
-    holder: &str,
-    expires_at_s: i64,
-) -> Result<(), BillingError> {
-    sqlx::query("UPDATE leases SET expires_at_s = ? WHERE holder = ?")
-        .bind(expires_at_s)
-        .bind(holder)
-        .execute(conn)
-        .await?;
+/// Keeps every lease of this holder for longer; those that are used up expire.
+pub(crate) async fn renew(conn: &mut Conn, holder: &str, expires_at_s: i64) -> Result<(), BillingError> {
+    conn.execute(
+        "UPDATE fund_leases SET expires_at_s = $1 WHERE holder = $2 AND expires_at_s < $1 AND amount_pico > 0",
+        args![expires_at_s, holder],
+    )
+    .await?;
     Ok(())
 }
 
 /// At start, in one transaction: gives back what this holder had leased before it ended (its outbox is shipped by now),
-/// and every lease that expired before `now_s`.
-pub(crate) async fn recover(
-    conn: &mut SqliteConnection,
-    holder: &str,
-    now_s: i64,
-) -> Result<(), BillingError> {
-    let ended: Vec<(String, String, i64)> = sqlx::query_as(
-        "SELECT holder, account, amount_pico FROM leases WHERE holder = ? OR expires_at_s < ?",
-    )
-    .bind(holder)
-    .bind(now_s)
-    .fetch_all(&mut *conn)
-    .await?;
-    for (holder, account, amount) in ended {
-        give_back(conn, &AccountId::new(account.clone()), Money::from_pico(amount)).await?;
-        sqlx::query("DELETE FROM leases WHERE holder = ? AND account = ?")
-            .bind(holder)
-            .bind(account)
-            .execute(&mut *conn)
-            .await?;
+/// and every lease that has expired.
+pub(crate) async fn recover(conn: &mut Conn, holder: &str, now_s: i64) -> Result<(), BillingError> {
+    end(conn, holder, now_s).await
+}
+
+/// Gives back every lease that has expired.
+pub(crate) async fn expire(conn: &mut Conn, now_s: i64) -> Result<(), BillingError> {
+    // No outbox is called nothing.
+    end(conn, "", now_s).await
+}
+
+async fn end(conn: &mut Conn, holder: &str, now_s: i64) -> Result<(), BillingError> {
+    let expired_s = now_s.saturating_sub(EXPIRY_GRACE_S);
+    let ended: Vec<(String, String)> = conn
+        .fetch_all(
+            "SELECT holder, fund FROM fund_leases WHERE holder = $1 OR expires_at_s < $2",
+            args![holder, expired_s],
+        )
+        .await?;
+    let mut by_fund: BTreeMap<Fund, Vec<String>> = BTreeMap::new();
+    for (owner, key) in ended {
+        let corrupt = || BillingError::Corrupt { table: "fund_leases", source: key.clone().into() };
+        by_fund.entry(Fund::parse(&key).ok_or_else(corrupt)?).or_default().push(owner);
+    }
+    for (fund, owners) in by_fund {
+        fund.lock(conn).await?;
+        for owner in owners {
+            // It may have been renewed, or taken by somebody else, before the lock was ours.
+            let lease: Option<(i64,)> = conn
+                .fetch_optional(
+                    "DELETE FROM fund_leases WHERE holder = $1 AND fund = $2 AND (holder = $3 OR expires_at_s < $4) \
+                     RETURNING amount_pico",
+                    args![&owner, &fund.to_string(), holder, expired_s],
+                )
+                .await?;
+            if let Some((amount,)) = lease {
+                fund.give_back(conn, Money::from_pico(amount)).await?;
+            }
+        }
     }
     Ok(())
 }
 
-/// Gives the free part of every slice back, when the gateway closes. Money of holds still open stays leased.
+/// Gives the free part of every slice back that nobody has used since `since_s`; of all of them with the end of time.
+/// Money of open holds stays leased.
 pub(crate) async fn release(
-    database: &SqlitePool,
+    database: &Database,
     holder: &str,
     slices: &Slices,
+    since_s: i64,
 ) -> Result<(), BillingError> {
     for slice in slices.all() {
+        if !slice.is_idle(since_s) {
+            continue;
+        }
         let _refilling = slice.refilling.lock().await;
         let free = Money::from_pico(std::mem::take(&mut slice.funds().free));
-        let mut tx = database.begin_with("BEGIN IMMEDIATE").await?;
-        let drawn = draw(&mut tx, holder, &slice.account, free).await?;
-        give_back(&mut tx, &slice.account, drawn).await?;
-        tx.commit().await?;
+        match give_back(database, holder, &slice.fund, free).await {
+            Ok(tx) => tx.commit().await?,
+            // Nothing has happened. Of a commit without an answer nobody knows: then the money is ours no longer, and
+            // what the ledger may still have leased comes back with the next start.
+            Err(error) => {
+                slice.funds().free += free.pico();
+                return Err(error);
+            }
+        }
+        slice.funds().low_water = 0;
     }
+    slices.forget_empty();
     Ok(())
 }
 
-/// (account, amount) of every lease.
-pub(crate) async fn leases(conn: &mut SqliteConnection) -> Result<Vec<(String, i64)>, BillingError> {
-    Ok(sqlx::query_as("SELECT account, amount_pico FROM leases").fetch_all(conn).await?)
+async fn give_back(
+    database: &Database,
+    holder: &str,
+    fund: &Fund,
+    amount: Money,
+) -> Result<Tx, BillingError> {
+    let mut tx = database.write().await?;
+    fund.lock(&mut tx).await?;
+    let drawn = draw(&mut tx, holder, fund, amount).await?;
+    fund.give_back(&mut tx, drawn).await?;
+    Ok(tx)
+}
+
+/// (fund, amount) of every lease.
+pub(crate) async fn leases(conn: &mut Conn) -> Result<Vec<(String, i64)>, BillingError> {
+    Ok(conn.fetch_all("SELECT fund, amount_pico FROM fund_leases", args![]).await?)
 }

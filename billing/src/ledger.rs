@@ -12,11 +12,13 @@
 
 use std::collections::BTreeMap;
 
-use sqlx::{FromRow, SqliteConnection};
+use sqlx::FromRow;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::{
+    args, counter,
+    database::Conn,
     error::BillingError,
     event::AccountId,
     money::{Money, Total},
@@ -77,7 +79,7 @@ pub(crate) fn revenue(sku: &str) -> String {
 
 /// Creates an account. Doing it again with the same terms changes nothing.
 pub(crate) async fn create_account(
-    conn: &mut SqliteConnection,
+    conn: &mut Conn,
     account: &AccountId,
     kind: AccountKind,
 ) -> Result<(), BillingError> {
@@ -86,13 +88,10 @@ pub(crate) async fn create_account(
         AccountKind::Postpaid { credit_limit } if credit_limit >= Money::ZERO => ("postpaid", credit_limit),
         AccountKind::Postpaid { credit_limit } => return Err(BillingError::NotPositive(credit_limit)),
     };
-    sqlx::query(
-        "INSERT INTO billing_accounts (id, kind, credit_limit_pico) VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
+    conn.execute(
+        "INSERT INTO billing_accounts (id, kind, credit_limit_pico) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
+        args![account.as_str(), name, limit.pico()],
     )
-    .bind(account.as_str())
-    .bind(name)
-    .bind(limit.pico())
-    .execute(&mut *conn)
     .await?;
     if balance(conn, account).await?.kind != kind {
         return Err(BillingError::AccountExists(account.clone()));
@@ -101,16 +100,16 @@ pub(crate) async fn create_account(
 }
 
 /// Posts a grant, once. Run it in a transaction of its own.
-pub(crate) async fn credit(conn: &mut SqliteConnection, grant: &CreditGrant) -> Result<(), BillingError> {
+pub(crate) async fn credit(conn: &mut Conn, grant: &CreditGrant) -> Result<(), BillingError> {
     if grant.amount <= Money::ZERO {
         return Err(BillingError::NotPositive(grant.amount));
     }
     let id = grant.id.to_string();
-    let posted: Option<(String, i64)> =
-        sqlx::query_as("SELECT account, amount_pico FROM credit_grants WHERE id = ?")
-            .bind(&id)
-            .fetch_optional(&mut *conn)
-            .await?;
+    // Whoever grants under this id at the same time waits here.
+    counter::take(conn, "transaction", 0).await?;
+    let posted: Option<(String, i64)> = conn
+        .fetch_optional("SELECT account, amount_pico FROM credit_grants WHERE id = $1", args![&id])
+        .await?;
     match posted {
         Some((account, amount)) if account == grant.account.as_str() && amount == grant.amount.pico() => {
             return Ok(());
@@ -120,23 +119,19 @@ pub(crate) async fn credit(conn: &mut SqliteConnection, grant: &CreditGrant) -> 
     }
     let transaction_id =
         fund(conn, "grant", &grant.account, grant.amount, grant.granted_at.unix_timestamp(), &id).await?;
-    sqlx::query(
-        "INSERT INTO credit_grants (id, account, amount_pico, memo, granted_at_s, transaction_id) VALUES (?, ?, ?, ?, ?, ?)",
+    let granted_at_s = grant.granted_at.unix_timestamp();
+    conn.execute(
+        "INSERT INTO credit_grants (id, account, amount_pico, memo, granted_at_s, transaction_id) \
+         VALUES ($1, $2, $3, $4, $5, $6)",
+        args![&id, grant.account.as_str(), grant.amount.pico(), &grant.memo, granted_at_s, transaction_id],
     )
-    .bind(&id)
-    .bind(grant.account.as_str())
-    .bind(grant.amount.pico())
-    .bind(&grant.memo)
-    .bind(grant.granted_at.unix_timestamp())
-    .bind(transaction_id)
-    .execute(conn)
     .await?;
     Ok(())
 }
 
 /// Raises a customer's balance at the operator's side of the books: `funding` for a grant, else the kind's own book.
 async fn fund(
-    conn: &mut SqliteConnection,
+    conn: &mut Conn,
     kind: &'static str,
     account: &AccountId,
     amount: Money,
@@ -145,49 +140,38 @@ async fn fund(
 ) -> Result<i64, BillingError> {
     let overflow = || BillingError::Overflow { account: account.clone() };
     let posted = balance(conn, account).await?.posted;
-    let raised = posted.checked_add(amount).ok_or_else(overflow)?;
+    posted.checked_add(amount).ok_or_else(overflow)?;
     let source = if kind == "grant" { "funding" } else { kind };
     let entries = BTreeMap::from([
         (customer(account), amount),
         (source.to_owned(), amount.checked_neg().ok_or_else(overflow)?),
     ]);
     let id = post(conn, Posting { kind, account, at_s, reference, entries }).await?;
-    sqlx::query("UPDATE billing_accounts SET posted_pico = ? WHERE id = ?")
-        .bind(raised.pico())
-        .bind(account.as_str())
-        .execute(conn)
-        .await?;
+    conn.execute(
+        "UPDATE billing_accounts SET posted_pico = posted_pico + $1 WHERE id = $2",
+        args![amount.pico(), account.as_str()],
+    )
+    .await?;
     Ok(id)
 }
 
 /// Writes one transaction: its entries, then the row that seals them.
-pub(crate) async fn post(conn: &mut SqliteConnection, posting: Posting<'_>) -> Result<i64, BillingError> {
+pub(crate) async fn post(conn: &mut Conn, posting: Posting<'_>) -> Result<i64, BillingError> {
     if posting.entries.values().copied().sum::<Total>() != Total::ZERO {
         return Err(BillingError::Unbalanced(posting.reference.to_owned()));
     }
-    let (id,): (i64,) = sqlx::query_as("SELECT coalesce(max(id), 0) + 1 FROM ledger_transactions")
-        .fetch_one(&mut *conn)
-        .await?;
+    let id = counter::take(conn, "transaction", 1).await?;
     for (book, amount) in &posting.entries {
-        sqlx::query(
-            "INSERT INTO ledger_entries (transaction_id, book, currency, amount_pico) VALUES (?, ?, ?, ?)",
+        conn.execute(
+            "INSERT INTO ledger_entries (transaction_id, book, currency, amount_pico) VALUES ($1, $2, $3, $4)",
+            args![id, book, CURRENCY, amount.pico()],
         )
-        .bind(id)
-        .bind(book)
-        .bind(CURRENCY)
-        .bind(amount.pico())
-        .execute(&mut *conn)
         .await?;
     }
-    sqlx::query(
-        "INSERT INTO ledger_transactions (id, kind, account, at_s, reference) VALUES (?, ?, ?, ?, ?)",
+    conn.execute(
+        "INSERT INTO ledger_transactions (id, kind, account, at_s, reference) VALUES ($1, $2, $3, $4, $5)",
+        args![id, posting.kind, posting.account.as_str(), posting.at_s, posting.reference],
     )
-    .bind(id)
-    .bind(posting.kind)
-    .bind(posting.account.as_str())
-    .bind(posting.at_s)
-    .bind(posting.reference)
-    .execute(conn)
     .await?;
     Ok(id)
 }
@@ -197,7 +181,7 @@ pub(crate) async fn post(conn: &mut SqliteConnection, posting: Posting<'_>) -> R
 /// A gateway that lost its lease may ship more than lease and balance hold. The usage stands, the cap stands too, and
 /// the difference is written off.
 pub(crate) async fn spend(
-    conn: &mut SqliteConnection,
+    conn: &mut Conn,
     account: &AccountId,
     cost: Money,
     from_lease: Money,
@@ -210,43 +194,41 @@ pub(crate) async fn spend(
         tracing::error!(%account, %loss, "usage arrived after its lease had expired; the part over the cap is written off");
         fund(conn, "write_off", account, loss, at_s, reference).await?;
     }
-    sqlx::query("UPDATE billing_accounts SET posted_pico = posted_pico - ?, leased_pico = leased_pico - ? WHERE id = ?")
-        .bind(cost.pico())
-        .bind(from_lease.pico())
-        .bind(account.as_str())
-        .execute(conn)
-        .await?;
+    conn.execute(
+        "UPDATE billing_accounts SET posted_pico = posted_pico - $1, leased_pico = leased_pico - $2 WHERE id = $3",
+        args![cost.pico(), from_lease.pico(), account.as_str()],
+    )
+    .await?;
     Ok(())
 }
 
 /// Sets `amount` aside for a lease if the account has it; false, and nothing changed, if not.
 pub(crate) async fn set_aside(
-    conn: &mut SqliteConnection,
+    conn: &mut Conn,
     account: &AccountId,
     amount: Money,
 ) -> Result<bool, BillingError> {
-    let set = sqlx::query(
-        "UPDATE billing_accounts SET leased_pico = leased_pico + ?1 \
-         WHERE id = ?2 AND posted_pico + credit_limit_pico - leased_pico >= ?1",
-    )
-    .bind(amount.pico())
-    .bind(account.as_str())
-    .execute(conn)
-    .await?;
-    Ok(set.rows_affected() == 1)
+    let set = conn
+        .execute(
+            "UPDATE billing_accounts SET leased_pico = leased_pico + $1 \
+             WHERE id = $2 AND posted_pico + credit_limit_pico - leased_pico >= $1",
+            args![amount.pico(), account.as_str()],
+        )
+        .await?;
+    Ok(set == 1)
 }
 
 /// Gives `amount` of a lease back to the account.
 pub(crate) async fn give_back(
-    conn: &mut SqliteConnection,
+    conn: &mut Conn,
     account: &AccountId,
     amount: Money,
 ) -> Result<(), BillingError> {
-    sqlx::query("UPDATE billing_accounts SET leased_pico = leased_pico - ? WHERE id = ?")
-        .bind(amount.pico())
-        .bind(account.as_str())
-        .execute(conn)
-        .await?;
+    conn.execute(
+        "UPDATE billing_accounts SET leased_pico = leased_pico - $1 WHERE id = $2",
+        args![amount.pico(), account.as_str()],
+    )
+    .await?;
     Ok(())
 }
 
@@ -274,25 +256,23 @@ impl AccountRow {
     }
 }
 
-pub(crate) async fn balance(
-    conn: &mut SqliteConnection,
-    account: &AccountId,
-) -> Result<Balance, BillingError> {
-    let row: Option<AccountRow> = sqlx::query_as(
-        "SELECT id, kind, credit_limit_pico, posted_pico, leased_pico FROM billing_accounts WHERE id = ?",
-    )
-    .bind(account.as_str())
-    .fetch_optional(conn)
-    .await?;
+pub(crate) async fn balance(conn: &mut Conn, account: &AccountId) -> Result<Balance, BillingError> {
+    let row: Option<AccountRow> = conn
+        .fetch_optional(
+            "SELECT id, kind, credit_limit_pico, posted_pico, leased_pico FROM billing_accounts WHERE id = $1",
+            args![account.as_str()],
+        )
+        .await?;
     row.map(AccountRow::into_balance).ok_or_else(|| BillingError::UnknownAccount(account.clone()))
 }
 
-pub(crate) async fn accounts(conn: &mut SqliteConnection) -> Result<Vec<Balance>, BillingError> {
-    let rows: Vec<AccountRow> = sqlx::query_as(
-        "SELECT id, kind, credit_limit_pico, posted_pico, leased_pico FROM billing_accounts ORDER BY id",
-    )
-    .fetch_all(conn)
-    .await?;
+pub(crate) async fn accounts(conn: &mut Conn) -> Result<Vec<Balance>, BillingError> {
+    let rows: Vec<AccountRow> = conn
+        .fetch_all(
+            "SELECT id, kind, credit_limit_pico, posted_pico, leased_pico FROM billing_accounts ORDER BY id",
+            args![],
+        )
+        .await?;
     Ok(rows.into_iter().map(AccountRow::into_balance).collect())
 }
 
@@ -310,29 +290,26 @@ pub(crate) struct EntryRow {
 
 /// Up to `limit` entries after (transaction, book), in that order.
 pub(crate) async fn entries_after(
-    conn: &mut SqliteConnection,
+    conn: &mut Conn,
     after: (i64, &str),
     limit: i64,
 ) -> Result<Vec<EntryRow>, BillingError> {
-    Ok(sqlx::query_as(
-        "SELECT e.transaction_id, e.book, e.currency, e.amount_pico, t.kind, t.account, t.at_s \
-         FROM ledger_entries e LEFT JOIN ledger_transactions t ON t.id = e.transaction_id \
-         WHERE (e.transaction_id, e.book) > (?, ?) ORDER BY e.transaction_id, e.book LIMIT ?",
-    )
-    .bind(after.0)
-    .bind(after.1)
-    .bind(limit)
-    .fetch_all(conn)
-    .await?)
+    Ok(conn
+        .fetch_all(
+            "SELECT e.transaction_id, e.book, e.currency, e.amount_pico, t.kind, t.account, t.at_s \
+             FROM ledger_entries e LEFT JOIN ledger_transactions t ON t.id = e.transaction_id \
+             WHERE (e.transaction_id, e.book) > ($1, $2) ORDER BY e.transaction_id, e.book LIMIT $3",
+            args![after.0, after.1, limit],
+        )
+        .await?)
 }
 
 /// Every grant: its id, account, amount and transaction.
-pub(crate) async fn grants(
-    conn: &mut SqliteConnection,
-) -> Result<Vec<(String, String, i64, i64)>, BillingError> {
-    Ok(sqlx::query_as(
-        "SELECT id, account, amount_pico, transaction_id FROM credit_grants ORDER BY transaction_id",
-    )
-    .fetch_all(conn)
-    .await?)
+pub(crate) async fn grants(conn: &mut Conn) -> Result<Vec<(String, String, i64, i64)>, BillingError> {
+    Ok(conn
+        .fetch_all(
+            "SELECT id, account, amount_pico, transaction_id FROM credit_grants ORDER BY transaction_id",
+            args![],
+        )
+        .await?)
 }

@@ -15,17 +15,23 @@
 //! | what a token costs | `price`, `catalog` |
 //! | who owns what; double entry | `ledger` |
 //! | what was consumed | `event`, `usage` |
-//! | what may be spent without asking | `lease`, `hold` |
+//! | what may be spent without asking | `lease`, `hold`, of a `fund` |
+//! | what a scope may spend in a period | `budget` |
 //! | durable before answered | `outbox` |
 //! | exactly once | `ship` |
 //! | is it all true? | `audit` |
+//! | two databases, one SQL | `database`, `counter` |
 
 mod audit;
 mod books;
+mod budget;
 mod catalog;
 mod clock;
+mod counter;
+mod database;
 mod error;
 mod event;
+mod fund;
 mod hold;
 mod lease;
 mod ledger;
@@ -47,8 +53,12 @@ use std::{
 use arc_swap::ArcSwap;
 pub use audit::{Audit, Check};
 pub use books::Books;
+pub use budget::{Budget, BudgetPeriod, BudgetScope, BudgetStatus};
 pub use catalog::{Catalog, Plan, Standing};
 pub use clock::Clock;
+pub use database::{
+    Arg, Conn, Database, DatabaseError, DatabaseOptions, Dialect, Migrations, Raw, Row, Tx, create_private,
+};
 pub use error::{AdmitError, BillingError, SettleError};
 pub use event::{
     AccountId, AdmitRequest, FinishReason, Media, Outcome, Quantities, RequestId, ServiceTier, UsageEvent,
@@ -57,20 +67,19 @@ pub use hold::{Hold, VoidCause};
 pub use ledger::{AccountKind, Balance, CreditGrant};
 pub use money::{Money, MoneyError, PICO_PER_USD, Total};
 pub use price::{
-    Adjustment, AdjustmentError, Change, Line, Meter, Price, PriceBook, PriceBookError, PriceBookHash,
-    PriceError, PriceTerms, Prices, Product, Rate, Row, SkuUsage, Step, Tier, TierPart, TierTerms, Tiers,
-    cost, tier_adjustments,
+    Adjustment, AdjustmentError, BookRow, Change, Line, Meter, Price, PriceBook, PriceBookError,
+    PriceBookHash, PriceError, PriceTerms, Prices, Product, Rate, SkuUsage, Step, Tier, TierPart, TierTerms,
+    Tiers, cost, tier_adjustments,
 };
-use sqlx::SqlitePool;
 use tokio::{
     sync::{mpsc, oneshot},
-    task::{AbortHandle, JoinHandle},
+    task::JoinHandle,
 };
 pub use usage::{UsageGroup, UsageQuery, UsageRow};
 
 use crate::{
-    hold::Granted,
-    lease::{Ask, Holder, Slice, Slices},
+    hold::{Covered, Granted},
+    lease::{Ask, Holder, Reserved, Slice, Slices},
     outbox::{Outbox, OutboxFile},
     ship::{Flush, ShipStats, Shipper},
 };
@@ -82,8 +91,8 @@ const REFILLS_MAX: usize = 4;
 
 #[derive(Debug)]
 pub struct BillingOptions {
-    /// The database, shared with the gateway. See [`Books::open`] for what its connections need.
-    pub database: SqlitePool,
+    /// The database, shared with this gateway's other parts and with other gateways.
+    pub database: Database,
     /// The outbox file, of this gateway alone.
     pub outbox_path: PathBuf,
     /// The name of this gateway in the ledger.
@@ -110,8 +119,10 @@ pub struct BillingLimits {
     pub ship_linger: Duration,
     /// The longest pause between two attempts while the ledger does not answer.
     pub ship_backoff_max: Duration,
-    /// How often a gateway looks for price books that others have applied.
-    pub price_poll: Duration,
+    /// How soon new price books and budgets are taken up, and how often idle leases are looked for.
+    pub refresh: Duration,
+    /// What a gateway has leased and not used for this long goes back, so that others can have it.
+    pub lease_idle: Duration,
 }
 
 impl Default for BillingLimits {
@@ -125,7 +136,8 @@ impl Default for BillingLimits {
             ship_events_max: 1_000,
             ship_linger: Duration::from_millis(100),
             ship_backoff_max: Duration::from_secs(5),
-            price_poll: Duration::from_secs(1),
+            refresh: Duration::from_millis(500),
+            lease_idle: Duration::from_secs(30),
         }
     }
 }
@@ -173,8 +185,7 @@ pub(crate) struct Shared {
     limits: BillingLimits,
     clock: Clock,
     catalog: Arc<ArcSwap<Catalog>>,
-    /// Takes up price books that other processes apply.
-    watch: AbortHandle,
+    budgets: Arc<ArcSwap<Vec<Budget>>>,
     slices: Arc<Slices>,
     pub(crate) outbox: Outbox,
     ship_stats: Arc<ShipStats>,
@@ -204,7 +215,7 @@ impl Billing {
         let BillingOptions { database, outbox_path, gateway, limits } = options;
         let books = Books::open(database.clone()).await?;
         let mut file = OutboxFile::open(&outbox_path).await?;
-        let mut conn = database.acquire().await?;
+        let mut conn = database.read().await?;
         let known = ship::known(&mut conn, &file.state.epoch).await?.unwrap_or(0);
         if known < file.state.pruned_seq {
             return Err(BillingError::LedgerBehindOutbox { shipped: file.state.pruned_seq, known });
@@ -223,6 +234,7 @@ impl Billing {
         let holder = Holder { epoch: file.state.epoch.clone(), gateway };
         ship::register(&mut conn, &holder).await?;
         let catalog = Arc::new(ArcSwap::from_pointee(Catalog::load(&mut conn).await?));
+        let budgets = Arc::new(ArcSwap::from_pointee(budget::all(&mut conn).await?));
         drop(conn);
 
         let (outbox, _writer) = file.start(limits.commit_events_max);
@@ -234,17 +246,13 @@ impl Billing {
             outbox: outbox.clone(),
             slices: slices.clone(),
             catalog: catalog.clone(),
+            budgets: budgets.clone(),
             stats: ship_stats.clone(),
             clock: clock.clone(),
             last_seq,
-            batch_max: limits.ship_events_max,
-            linger: limits.ship_linger,
-            backoff_max: limits.ship_backoff_max,
-            lease_ttl: limits.lease_ttl,
+            limits: limits.clone(),
         };
         shipper.recover(stale_epoch.as_deref()).await?;
-        let watching = catalog::watch(database, Arc::downgrade(&catalog), limits.price_poll);
-        let watch = tokio::spawn(watching).abort_handle();
         let (flushes, requests) = mpsc::channel(1);
         let task = tokio::spawn(shipper.run(requests));
         let closed = AtomicBool::new(false);
@@ -255,7 +263,7 @@ impl Billing {
             limits,
             clock,
             catalog,
-            watch,
+            budgets,
             slices,
             outbox,
             ship_stats,
@@ -271,7 +279,6 @@ impl Billing {
         if self.shared.closed.swap(true, Ordering::AcqRel) {
             return Ok(());
         }
-        self.shared.watch.abort();
         let flushed = self.flush().await;
         let task = self.shipper.lock().expect("no code panics while it holds the shipper").take();
         if let Some(task) = task {
@@ -281,8 +288,8 @@ impl Billing {
         // Without the ledger there is nobody to give leases back to; the next start recovers them.
         let released = match &flushed {
             Ok(()) => {
-                lease::release(&self.shared.books.database, &self.shared.holder.epoch, &self.shared.slices)
-                    .await
+                let Shared { books, holder, slices, .. } = &*self.shared;
+                lease::release(&books.database, &holder.epoch, slices, i64::MAX).await
             }
             Err(_) => Ok(()),
         };
@@ -318,21 +325,24 @@ impl Billing {
             units_min: request.output_tokens_max.min(1),
             units_max: request.output_tokens_max.min(shared.limits.hold_output_tokens.max(1)),
         };
-        let slice = shared.slices.get(&request.account);
+        let slices = shared.slices(&request);
         let Media { characters, seconds, images } = request.media_max;
         let counts = [request.input_tokens, characters, seconds, images];
-        let granted = match counts.iter().all(|count| *count <= UNITS_MAX) {
-            true => shared.cover(&slice, ask).await.map_err(AdmitError::Unavailable)?,
-            false => None,
+        let covered = match counts.iter().all(|count| *count <= UNITS_MAX) {
+            true => shared.cover(&slices, ask).await.map_err(AdmitError::Unavailable)?,
+            false => Covered::Short(slices[0].clone()),
         };
-        let Some(granted) = granted else {
-            shared.counters.refused_credit.fetch_add(1, Ordering::Relaxed);
-            return Err(shared.insufficient(&slice, &ask).await);
+        let granted = match covered {
+            Covered::Granted(granted) => granted,
+            Covered::Short(slice) => {
+                shared.counters.refused_credit.fetch_add(1, Ordering::Relaxed);
+                return Err(shared.insufficient(&slice, &ask).await);
+            }
         };
         shared.counters.admitted.fetch_add(1, Ordering::Relaxed);
         shared.counters.open.fetch_add(1, Ordering::Relaxed);
-        let hold = Hold::new(shared.clone(), slice.clone(), book, request, granted, place);
-        shared.prefetch(slice);
+        let hold = Hold::new(shared.clone(), slices.clone(), book, request, granted, place);
+        slices.into_iter().for_each(|slice| shared.prefetch(slice));
         Ok(hold)
     }
 
@@ -381,8 +391,28 @@ impl Billing {
     /// Stores a price book. Requests admitted from now on may be priced by it; those admitted before are not touched.
     pub async fn apply_price_book(&self, book: &PriceBook) -> Result<PriceBookHash, BillingError> {
         let hash = self.books().apply_price_book(book).await?;
-        catalog::reload(&self.books().database, &self.shared.catalog).await?;
+        let catalog = Catalog::load(&mut self.books().database.read().await?).await?;
+        self.shared.catalog.store(Arc::new(catalog));
         Ok(hash)
+    }
+
+    /// Creates or changes a budget; see [`Books::put_budget`]. This gateway keeps to it from now on.
+    pub async fn put_budget(&self, budget: &Budget) -> Result<(), BillingError> {
+        self.books().put_budget(budget).await?;
+        self.reload_budgets().await
+    }
+
+    /// Ends a budget; false where there is none.
+    pub async fn delete_budget(&self, id: &str) -> Result<bool, BillingError> {
+        let deleted = self.books().delete_budget(id).await?;
+        self.reload_budgets().await?;
+        Ok(deleted)
+    }
+
+    async fn reload_budgets(&self) -> Result<(), BillingError> {
+        let budgets = budget::all(&mut self.books().database.read().await?).await?;
+        self.shared.budgets.store(Arc::new(budgets));
+        Ok(())
     }
 
     pub fn stats(&self) -> BillingStats {
@@ -412,89 +442,123 @@ impl Billing {
 }
 
 impl Shared {
-    /// Covers an ask from the slice, which leases more when it is short. None: the account cannot pay the least of it.
+    /// Covers an ask from every one of the slices, which lease more when they are short.
     ///
     /// # Cancel safety
     /// Cancel safe: a trip to the ledger goes on in a task of its own, and money nobody waits for falls back.
     pub(crate) async fn cover(
         self: &Arc<Shared>,
-        slice: &Arc<Slice>,
+        slices: &[Arc<Slice>],
         ask: Ask,
-    ) -> Result<Option<Granted>, BillingError> {
-        if let Some(reserved) = slice.take_all(&ask, self.clock.now_s()) {
-            return Ok(Some(Granted { units: ask.units_max, reserved, exhausted: false }));
+    ) -> Result<Covered, BillingError> {
+        if let Some(reserved) = self.take(slices, &ask, ask.units_max) {
+            return Ok(Covered::Granted(Granted { units: ask.units_max, reserved, exhausted: false }));
         }
-        let (shared, slice) = (self.clone(), slice.clone());
-        let trip = tokio::spawn(async move { shared.lease_and_cover(&slice, ask).await });
+        let (shared, slices) = (self.clone(), slices.to_vec());
+        let trip = tokio::spawn(async move { shared.lease_and_cover(&slices, ask).await });
         trip.await.map_err(|_| BillingError::Closed)?
     }
 
-    async fn lease_and_cover(&self, slice: &Arc<Slice>, ask: Ask) -> Result<Option<Granted>, BillingError> {
-        let _refilling = slice.refilling.clone().lock_owned().await;
-        let mut dry = false;
+    /// So many units of every slice, or nothing.
+    fn take(&self, slices: &[Arc<Slice>], ask: &Ask, units: u64) -> Option<Vec<Reserved>> {
+        let now_s = self.clock.now_s();
+        slices.iter().map(|slice| slice.take(ask, units, now_s)).collect()
+    }
+
+    async fn lease_and_cover(&self, slices: &[Arc<Slice>], ask: Ask) -> Result<Covered, BillingError> {
+        let (mut dry, mut failure) = (false, None);
         for _ in 0..REFILLS_MAX {
-            if let Some(reserved) = slice.take_all(&ask, self.clock.now_s()) {
-                return Ok(Some(Granted { units: ask.units_max, reserved, exhausted: false }));
-            }
-            if dry {
-                break;
-            }
-            match self.refill(slice, &ask).await {
-                Ok(no_more) => dry = no_more,
-                // Requests go on under their lease while the ledger is away.
-                Err(error) => {
-                    let covered = slice.take_most(&ask, self.clock.now_s()).filter(|(units, _)| *units > 0);
-                    let granted = |(units, reserved)| Some(Granted { units, reserved, exhausted: false });
-                    return covered.map(granted).ok_or(error);
+            for slice in slices {
+                let _refilling = slice.refilling.clone().lock_owned().await;
+                if slice.affords(&ask, self.clock.now_s()) == Some(ask.units_max) {
+                    continue;
+                }
+                match self.refill(slice, &ask).await {
+                    Ok(no_more) => dry |= no_more,
+                    // Requests go on under their leases while the ledger is away.
+                    Err(error) => failure = Some(error),
                 }
             }
+            if let Some(reserved) = self.take(slices, &ask, ask.units_max) {
+                return Ok(Covered::Granted(Granted { units: ask.units_max, reserved, exhausted: false }));
+            }
+            if dry || failure.is_some() {
+                break;
+            }
         }
-        let covered = slice.take_most(&ask, self.clock.now_s());
-        Ok(covered.map(|(units, reserved)| Granted {
-            units,
-            reserved,
-            exhausted: dry && units < ask.units_max,
-        }))
+        // Others take from the same slices, so what was there a moment ago may be gone.
+        for _ in 0..REFILLS_MAX {
+            let mut units = ask.units_max;
+            for slice in slices {
+                match (slice.affords(&ask, self.clock.now_s()), failure) {
+                    (Some(affordable), none_or_error) => {
+                        units = units.min(affordable);
+                        failure = none_or_error;
+                    }
+                    (None, Some(error)) => return Err(error),
+                    (None, None) => return Ok(Covered::Short(slice.clone())),
+                }
+            }
+            match failure {
+                Some(error) if units == 0 => return Err(error),
+                none_or_error => failure = none_or_error,
+            }
+            if let Some(reserved) = self.take(slices, &ask, units) {
+                let exhausted = dry && units < ask.units_max;
+                return Ok(Covered::Granted(Granted { units, reserved, exhausted }));
+            }
+        }
+        match failure {
+            Some(error) => Err(error),
+            None => Ok(Covered::Short(slices[0].clone())),
+        }
     }
 
     async fn refill(&self, slice: &Arc<Slice>, ask: &Ask) -> Result<bool, BillingError> {
         self.counters.refills.fetch_add(1, Ordering::Relaxed);
         let expires_at_s = self.clock.expiry_s(self.limits.lease_ttl);
-        lease::refill(&self.books.database, &self.holder, slice, ask, self.limits.lease_slice, expires_at_s)
-            .await
+        let times = (self.clock.now_s(), expires_at_s);
+        lease::refill(&self.books.database, &self.holder, slice, ask, self.limits.lease_slice, times).await
     }
 
-    /// Leases more in the background when the slice runs low, so that no request has to wait for it.
+    /// Leases more in the background when a slice runs low, so that no request has to wait for it.
     fn prefetch(self: &Arc<Shared>, slice: Arc<Slice>) {
-        let low_water = Money::from_pico(self.limits.lease_slice.pico() / 2);
-        if !slice.is_low(low_water) {
+        if !slice.is_low() {
             return;
         }
         let Ok(refilling) = slice.refilling.clone().try_lock_owned() else { return };
         let shared = self.clone();
         tokio::spawn(async move {
-            let nothing =
-                Ask { fixed: Total::ZERO, step: Step::FREE, units_before: 0, units_min: 0, units_max: 0 };
-            if let Err(error) = shared.refill(&slice, &nothing).await {
+            if let Err(error) = shared.refill(&slice, &Ask::NOTHING).await {
                 let error = &error as &dyn std::error::Error;
-                tracing::warn!(error, account = %slice.account, "cannot lease ahead; the lease at hand goes on");
+                tracing::warn!(error, fund = %slice.fund, "cannot lease ahead; the lease at hand goes on");
             }
             drop(refilling);
         });
     }
 
+    /// The funds that pay for a request: the account, and every hard budget that it falls under.
+    fn slices(&self, request: &AdmitRequest) -> Vec<Arc<Slice>> {
+        let mut slices = vec![self.slices.of_account(&request.account)];
+        for budget in self.budgets.load().iter().filter(|budget| budget.hard) {
+            if budget.applies_to(&request.org, &request.project, &request.api_key) {
+                slices.push(self.slices.of_budget(budget, budget.window(request.admitted_at)));
+            }
+        }
+        slices
+    }
+
     /// The refusal, with what is available here and in the ledger.
     async fn insufficient(&self, slice: &Slice, ask: &Ask) -> AdmitError {
         let needed = Total::from_pico(ask.cost(ask.units_min)).to_money().unwrap_or(Money::MAX);
-        match self.books.balance(&slice.account).await {
-            Ok(balance) => {
-                let available = Total::from(balance.available) + slice.free().into();
-                AdmitError::InsufficientCredit {
-                    needed,
-                    available: available.to_money().unwrap_or(Money::MAX),
-                }
-            }
-            Err(error) => AdmitError::Unavailable(error),
+        let available = async { slice.fund.available(&mut self.books.database.read().await?).await };
+        let available = match available.await {
+            Ok(available) => (Total::from(available) + slice.free().into()).to_money().unwrap_or(Money::MAX),
+            Err(error) => return AdmitError::Unavailable(error),
+        };
+        match slice.budget() {
+            None => AdmitError::InsufficientCredit { needed, available },
+            Some(budget) => AdmitError::OverBudget { budget: budget.to_string(), needed, available },
         }
     }
 }

@@ -39,7 +39,7 @@ const QUEUE: usize = 1024;
 /// A bill on its way into the file, with the money that pays for it.
 pub(crate) struct Append {
     pub event: UsageEvent,
-    pub reserved: Reserved,
+    pub reserved: Vec<Reserved>,
     pub place: Place,
     pub reply: oneshot::Sender<Result<UsageEvent, SettleError>>,
 }
@@ -276,7 +276,7 @@ impl Writer {
         match committed {
             Ok(()) => {
                 for Append { event, reserved, place, reply } in appends {
-                    reserved.settle(event.cost);
+                    reserved.into_iter().for_each(|reserved| reserved.settle(event.cost));
                     place.keep();
                     drop(reply.send(Ok(event)));
                 }
@@ -286,7 +286,7 @@ impl Writer {
                 tracing::error!(%error, bills = appends.len(), "the outbox did not take bills; their money stays held");
                 let error = Arc::new(error);
                 for Append { reserved, place, reply, .. } in appends {
-                    reserved.strand();
+                    reserved.into_iter().for_each(Reserved::strand);
                     place.keep();
                     drop(reply.send(Err(SettleError::Outbox(error.clone()))));
                 }

@@ -92,7 +92,7 @@ pub struct Price {
 
 /// One `[[price]]` of a book.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Row<'a> {
+pub struct BookRow<'a> {
     pub model: &'a str,
     pub service_tier: ServiceTier,
     /// The one account that has this price; None: the list price.
@@ -119,7 +119,7 @@ impl PriceBook {
     }
 
     /// Every price, in the order of the canonical form: by model, service tier, account (the list first) and meter.
-    pub fn rows(&self) -> impl Iterator<Item = Row<'_>> {
+    pub fn rows(&self) -> impl Iterator<Item = BookRow<'_>> {
         let offers = self
             .models
             .iter()
@@ -130,7 +130,7 @@ impl PriceBook {
                 .contracts
                 .iter()
                 .flat_map(|(account, meters)| meters.iter().map(move |price| (Some(account), price)));
-            let row = move |(account, (meter, price)): (Option<_>, (&Meter, _))| Row {
+            let row = move |(account, (meter, price)): (Option<_>, (&Meter, _))| BookRow {
                 model,
                 service_tier,
                 account,

@@ -7,7 +7,7 @@
 //! While the ledger does not answer, bills wait in the outbox and the shipper tries again, ever more slowly.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -16,14 +16,21 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use sqlx::{SqliteConnection, SqlitePool};
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
 
 use crate::{
+    BillingLimits, args,
+    budget::{self, Budget, Window},
     catalog::{self, Catalog},
     clock::Clock,
+    counter,
+    database::{Conn, Database},
     error::BillingError,
     event::{AccountId, UsageEvent},
+    fund::Fund,
     lease::{self, Holder, Slices},
     ledger::{self, Posting},
     money::{Money, Total},
@@ -45,55 +52,77 @@ pub(crate) struct ShipStats {
 }
 
 pub(crate) struct Shipper {
-    pub database: SqlitePool,
+    pub database: Database,
     pub holder: Holder,
     pub outbox: Outbox,
     pub slices: Arc<Slices>,
     pub catalog: Arc<ArcSwap<Catalog>>,
+    pub budgets: Arc<ArcSwap<Vec<Budget>>>,
     pub stats: Arc<ShipStats>,
     pub clock: Clock,
     /// Everything up to here is in the ledger.
     pub last_seq: i64,
-    pub batch_max: usize,
-    pub linger: Duration,
-    pub backoff_max: Duration,
-    pub lease_ttl: Duration,
+    pub limits: BillingLimits,
 }
 
-/// What became of a batch, per account: the sums the ledger took, and those it refused as duplicates.
+/// Why the shipper wakes.
+enum Wake {
+    Ship(Option<Flush>),
+    Refresh,
+}
+
+/// What became of a batch, per fund: the sums the ledger took, and those it refused as duplicates.
 #[derive(Debug, Default)]
 struct Posted {
     bills: u64,
-    taken: BTreeMap<AccountId, Total>,
-    refused: BTreeMap<AccountId, Total>,
+    taken: BTreeMap<Fund, Total>,
+    refused: BTreeMap<Fund, Total>,
+}
+
+/// The funds that the hold of a bill drew on.
+fn funds_of(event: &UsageEvent) -> impl Iterator<Item = Fund> {
+    let budgets = event.budgets.iter().filter_map(|key| Fund::parse(key));
+    std::iter::once(Fund::Account(event.account.clone())).chain(budgets)
 }
 
 impl Shipper {
     /// Runs until the sender of flushes is gone.
     pub async fn run(mut self, mut flushes: mpsc::Receiver<Flush>) {
         let mut backoff: Option<Duration> = None;
-        let renew_every = self.lease_ttl / 4;
-        let mut renew_at = tokio::time::Instant::now() + renew_every;
+        let renew_every = self.limits.lease_ttl / 4;
+        let mut renew_at = Instant::now() + renew_every;
+        let mut refresh = tokio::time::interval(self.limits.refresh.max(Duration::from_millis(10)));
+        refresh.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let appended = self.outbox.appended.clone();
-            let flush = tokio::select! {
+            let wake = tokio::select! {
                 flush = flushes.recv() => match flush {
-                    Some(flush) => Some(flush),
+                    Some(flush) => Wake::Ship(Some(flush)),
                     None => return,
                 },
                 () = appended.notified(), if backoff.is_none() => {
                     // More bills are likely on their way; they share this transaction.
-                    match tokio::time::timeout(self.linger, flushes.recv()).await {
-                        Ok(Some(flush)) => Some(flush),
+                    match tokio::time::timeout(self.limits.ship_linger, flushes.recv()).await {
+                        Ok(Some(flush)) => Wake::Ship(Some(flush)),
                         Ok(None) => return,
-                        Err(_) => None,
+                        Err(_) => Wake::Ship(None),
                     }
                 }
-                () = tokio::time::sleep(backoff.unwrap_or(renew_every)) => None,
+                () = tokio::time::sleep(backoff.unwrap_or(renew_every)) => Wake::Ship(None),
+                _ = refresh.tick() => Wake::Refresh,
             };
-            if tokio::time::Instant::now() >= renew_at && self.renew().await.is_ok() {
-                renew_at = tokio::time::Instant::now() + renew_every;
+            if Instant::now() >= renew_at && self.renew().await.is_ok() {
+                renew_at = Instant::now() + renew_every;
             }
+            let Wake::Ship(flush) = wake else {
+                if let Err(error) = self.refresh().await {
+                    tracing::debug!(
+                        error = &error as &dyn std::error::Error,
+                        "prices and budgets are those known"
+                    );
+                }
+                continue;
+            };
             let shipped = self.ship_all().await;
             backoff = match &shipped {
                 Ok(()) => None,
@@ -103,7 +132,7 @@ impl Shipper {
                         error = error as &dyn std::error::Error,
                         "bills wait: the ledger did not take them"
                     );
-                    Some(backoff.map_or(BACKOFF_FIRST, |pause| pause * 2).min(self.backoff_max))
+                    Some(backoff.map_or(BACKOFF_FIRST, |pause| pause * 2).min(self.limits.ship_backoff_max))
                 }
             };
             if let Some(flush) = flush {
@@ -116,7 +145,7 @@ impl Shipper {
     /// replaces. No slice knows of these bills, so there is none to tell.
     pub async fn recover(&mut self, replaced_epoch: Option<&str>) -> Result<(), BillingError> {
         while self.ship_next().await?.is_some() {}
-        let mut tx = self.database.begin_with("BEGIN IMMEDIATE").await?;
+        let mut tx = self.database.write().await?;
         for epoch in replaced_epoch.into_iter().chain([self.holder.epoch.as_str()]) {
             lease::recover(&mut tx, epoch, self.clock.now_s()).await?;
         }
@@ -126,20 +155,24 @@ impl Shipper {
     /// Ships batch after batch until the outbox is empty.
     async fn ship_all(&mut self) -> Result<(), BillingError> {
         while let Some(posted) = self.ship_next().await? {
-            for (account, sum) in posted.taken {
-                self.slices.get(&account).shipped(slice_sum(sum));
+            for (fund, sum) in posted.taken {
+                if let Some(slice) = self.slices.get(&fund) {
+                    slice.shipped(slice_sum(sum));
+                }
             }
-            for (account, sum) in posted.refused {
-                self.slices.get(&account).refused(slice_sum(sum));
+            for (fund, sum) in posted.refused {
+                if let Some(slice) = self.slices.get(&fund) {
+                    slice.refused(slice_sum(sum));
+                }
             }
             self.slices.waiting.fetch_sub(posted.bills, Ordering::Relaxed);
         }
-        catalog::reload(&self.database, &self.catalog).await
+        Ok(())
     }
 
     /// Ships one batch; None if the outbox is empty.
     async fn ship_next(&mut self) -> Result<Option<Posted>, BillingError> {
-        let batch = self.outbox.read(self.last_seq, self.batch_max).await?;
+        let batch = self.outbox.read(self.last_seq, self.limits.ship_events_max).await?;
         let Some(&(last_seq, _)) = batch.last() else { return Ok(None) };
         let mut posted = self.post(&batch, last_seq).await?;
         posted.bills = batch.len() as u64;
@@ -154,7 +187,7 @@ impl Shipper {
     }
 
     async fn post(&self, batch: &[(i64, UsageEvent)], last_seq: i64) -> Result<Posted, BillingError> {
-        let mut tx = self.database.begin_with("BEGIN IMMEDIATE").await?;
+        let mut tx = self.database.write().await?;
         if known(&mut tx, &self.holder.epoch).await? == Some(last_seq) {
             // The last attempt did commit; only its answer was lost.
             return Ok(self.taken_whole(batch));
@@ -168,16 +201,37 @@ impl Shipper {
     fn taken_whole(&self, batch: &[(i64, UsageEvent)]) -> Posted {
         let mut posted = Posted::default();
         for (_, event) in batch {
-            *posted.taken.entry(event.account.clone()).or_default() += event.cost.into();
+            for fund in funds_of(event) {
+                *posted.taken.entry(fund).or_default() += event.cost.into();
+            }
         }
         posted
     }
 
+    /// Keeps this gateway's leases, and gives back those of gateways that are gone.
     async fn renew(&self) -> Result<(), BillingError> {
-        let expires_at_s = self.clock.expiry_s(self.lease_ttl);
-        lease::renew(&mut *self.database.acquire().await?, &self.holder.epoch, expires_at_s).await?;
+        let expires_at_s = self.clock.expiry_s(self.limits.lease_ttl);
+        lease::renew(&mut self.database.read().await?, &self.holder.epoch, expires_at_s).await?;
         self.slices.renewed(expires_at_s);
-        Ok(())
+        let mut tx = self.database.write().await?;
+        lease::expire(&mut tx, self.clock.now_s()).await?;
+        Ok(tx.commit().await?)
+    }
+
+    /// Takes up price books and budgets that another process has changed, and gives back what lies idle.
+    async fn refresh(&self) -> Result<(), BillingError> {
+        let mut conn = self.database.read().await?;
+        if catalog::has_grown(&mut conn, &self.catalog.load()).await? {
+            self.catalog.store(Arc::new(Catalog::load(&mut conn).await?));
+        }
+        let budgets = budget::all(&mut conn).await?;
+        drop(conn);
+        if **self.budgets.load() != budgets {
+            self.budgets.store(Arc::new(budgets));
+        }
+        let idle_s = i64::try_from(self.limits.lease_idle.as_secs()).unwrap_or(i64::MAX);
+        let since_s = self.clock.now_s().saturating_sub(idle_s);
+        lease::release(&self.database, &self.holder.epoch, &self.slices, since_s).await
     }
 }
 
@@ -187,58 +241,70 @@ fn slice_sum(sum: Total) -> Money {
 }
 
 /// How far the ledger knows an epoch; None if it does not know it at all.
-pub(crate) async fn known(conn: &mut SqliteConnection, epoch: &str) -> Result<Option<i64>, BillingError> {
-    let state: Option<(i64,)> = sqlx::query_as("SELECT last_seq FROM ship_state WHERE epoch = ?")
-        .bind(epoch)
-        .fetch_optional(conn)
-        .await?;
+pub(crate) async fn known(conn: &mut Conn, epoch: &str) -> Result<Option<i64>, BillingError> {
+    let state: Option<(i64,)> =
+        conn.fetch_optional("SELECT last_seq FROM ship_state WHERE epoch = $1", args![epoch]).await?;
     Ok(state.map(|(last_seq,)| last_seq))
 }
 
 /// Makes an outbox known to the ledger, and its gateway's present name.
-pub(crate) async fn register(conn: &mut SqliteConnection, holder: &Holder) -> Result<(), BillingError> {
-    sqlx::query(
-        "INSERT INTO ship_state (epoch, gateway, last_seq) VALUES (?, ?, 0) \
-         ON CONFLICT DO UPDATE SET gateway = excluded.gateway",
+pub(crate) async fn register(conn: &mut Conn, holder: &Holder) -> Result<(), BillingError> {
+    conn.execute(
+        "INSERT INTO ship_state (epoch, gateway, last_seq) VALUES ($1, $2, 0) \
+         ON CONFLICT (epoch) DO UPDATE SET gateway = excluded.gateway",
+        args![&holder.epoch, &holder.gateway],
     )
-    .bind(&holder.epoch)
-    .bind(&holder.gateway)
-    .execute(conn)
     .await?;
     Ok(())
 }
 
 /// (epoch, last number) of every outbox.
-pub(crate) async fn epochs(conn: &mut SqliteConnection) -> Result<Vec<(String, i64)>, BillingError> {
-    Ok(sqlx::query_as("SELECT epoch, last_seq FROM ship_state ORDER BY epoch").fetch_all(conn).await?)
+pub(crate) async fn epochs(conn: &mut Conn) -> Result<Vec<(String, i64)>, BillingError> {
+    Ok(conn.fetch_all("SELECT epoch, last_seq FROM ship_state ORDER BY epoch", args![]).await?)
 }
 
 /// The compare-and-set that makes shipping exactly-once.
-async fn advance(conn: &mut SqliteConnection, epoch: &str, from: i64, to: i64) -> Result<(), BillingError> {
-    let moved = sqlx::query("UPDATE ship_state SET last_seq = ? WHERE epoch = ? AND last_seq = ?")
-        .bind(to)
-        .bind(epoch)
-        .bind(from)
-        .execute(conn)
+async fn advance(conn: &mut Conn, epoch: &str, from: i64, to: i64) -> Result<(), BillingError> {
+    let moved = conn
+        .execute(
+            "UPDATE ship_state SET last_seq = $1 WHERE epoch = $2 AND last_seq = $3",
+            args![to, epoch, from],
+        )
         .await?;
-    if moved.rows_affected() == 1 { Ok(()) } else { Err(BillingError::ShippedElsewhere) }
+    if moved == 1 { Ok(()) } else { Err(BillingError::ShippedElsewhere) }
 }
 
 /// Records and posts a batch: one ledger transaction for each account and minute, with an entry for each SKU.
 async fn post_batch(
-    conn: &mut SqliteConnection,
+    conn: &mut Conn,
     epoch: &str,
     catalog: &Catalog,
     batch: &[(i64, UsageEvent)],
 ) -> Result<Posted, BillingError> {
+    // In one order with whoever else posts, so that no two wait for each other.
+    counter::take(conn, "event", 0).await?;
+    counter::take(conn, "transaction", 0).await?;
+    let budgets = budget::all(conn).await?;
+    let mut windows = windows_of(&budgets, batch);
+    for (budget, window, _) in windows.values() {
+        budget::ensure_window(conn, budget, window).await?;
+    }
+    let refused = usage::record(conn, epoch, batch).await?;
     let mut posted = Posted::default();
     let mut minutes: BTreeMap<(AccountId, i64), BTreeMap<String, Total>> = BTreeMap::new();
     for (seq, event) in batch {
-        if !usage::record(conn, epoch, *seq, event).await? {
-            *posted.refused.entry(event.account.clone()).or_default() += event.cost.into();
+        let taken = !refused.contains(seq);
+        for fund in funds_of(event) {
+            let sums = if taken { &mut posted.taken } else { &mut posted.refused };
+            *sums.entry(fund).or_default() += event.cost.into();
+        }
+        if !taken {
             continue;
         }
-        *posted.taken.entry(event.account.clone()).or_default() += event.cost.into();
+        for (budget, window) in applying(&budgets, event) {
+            let (.., spent) = windows.get_mut(&budget.fund(&window)).expect("every window was made above");
+            *spent += event.cost.into();
+        }
         let skus = minutes.entry((event.account.clone(), minute_of(event.admitted_at_ms))).or_default();
         for (sku, amount) in repriced(catalog, event)? {
             *skus.entry(sku).or_default() += amount.into();
@@ -246,32 +312,82 @@ async fn post_batch(
     }
     let (first, last) = (batch.first().map_or(0, |bill| bill.0), batch.last().map_or(0, |bill| bill.0));
     let reference = format!("{epoch}:{first}-{last}");
-    for (account, sum) in &posted.taken {
-        let overflow = || BillingError::Overflow { account: account.clone() };
-        let cost = sum.to_money().ok_or_else(overflow)?;
-        let drawn = lease::draw(conn, epoch, account, cost).await?;
-        let at_s = batch.last().map_or(0, |(_, event)| event.admitted_at_ms / 1000);
-        ledger::spend(conn, account, cost, drawn, at_s, &reference).await?;
-    }
+    let at_s = batch.last().map_or(0, |(_, event)| event.admitted_at_ms / 1000);
+    spend(conn, epoch, &posted, &windows, at_s, &reference).await?;
     for ((account, at_s), skus) in minutes {
-        let overflow = || BillingError::Overflow { account: account.clone() };
-        let mut entries = BTreeMap::new();
-        for (sku, amount) in skus.iter().filter(|(_, amount)| **amount != Total::ZERO) {
-            entries.insert(ledger::revenue(sku), amount.to_money().ok_or_else(overflow)?);
-        }
-        if entries.is_empty() {
-            continue;
-        }
-        let sum = entries.values().copied().sum::<Total>();
-        let charge = sum.to_money().and_then(Money::checked_neg).ok_or_else(overflow)?;
-        entries.insert(ledger::customer(&account), charge);
-        ledger::post(
-            conn,
-            Posting { kind: "usage", account: &account, at_s, reference: &reference, entries },
-        )
-        .await?;
+        post_minute(conn, &account, at_s, skus, &reference).await?;
     }
     Ok(posted)
+}
+
+type Windows = BTreeMap<Fund, (Budget, Window, Total)>;
+
+/// Budgets that a bill counts against, whether or not its hold knew of them.
+fn applying<'a>(budgets: &'a [Budget], event: &'a UsageEvent) -> impl Iterator<Item = (&'a Budget, Window)> {
+    let applies = |budget: &&Budget| budget.applies_to(&event.org, &event.project, &event.api_key);
+    budgets.iter().filter(applies).map(|budget| (budget, Window::of_event(budget, event)))
+}
+
+fn windows_of(budgets: &[Budget], batch: &[(i64, UsageEvent)]) -> Windows {
+    let mut windows = BTreeMap::new();
+    for (_, event) in batch {
+        for (budget, window) in applying(budgets, event) {
+            windows.entry(budget.fund(&window)).or_insert_with(|| (budget.clone(), window, Total::ZERO));
+        }
+    }
+    windows
+}
+
+/// Takes what was used out of accounts, budgets and the leases on them, in the order of their keys.
+async fn spend(
+    conn: &mut Conn,
+    epoch: &str,
+    posted: &Posted,
+    windows: &Windows,
+    at_s: i64,
+    reference: &str,
+) -> Result<(), BillingError> {
+    let funds = posted.taken.keys().chain(windows.keys()).collect::<BTreeSet<_>>();
+    for fund in funds {
+        let overflow = || BillingError::Corrupt { table: "outbox_events", source: fund.to_string().into() };
+        let held = posted.taken.get(fund).copied().unwrap_or_default().to_money().ok_or_else(overflow)?;
+        fund.lock(conn).await?;
+        let drawn = lease::draw(conn, epoch, fund, held).await?;
+        match (fund, windows.get(fund)) {
+            (Fund::Account(account), _) => {
+                ledger::spend(conn, account, held, drawn, at_s, reference).await?;
+            }
+            (Fund::Budget(_), Some((budget, window, spent))) => {
+                let spent = spent.to_money().ok_or_else(overflow)?;
+                budget::spend(conn, budget, window, spent, drawn).await?;
+            }
+            // A budget that is no longer in force.
+            (Fund::Budget(_), None) => fund.give_back(conn, drawn).await?,
+        }
+    }
+    Ok(())
+}
+
+async fn post_minute(
+    conn: &mut Conn,
+    account: &AccountId,
+    at_s: i64,
+    skus: BTreeMap<String, Total>,
+    reference: &str,
+) -> Result<(), BillingError> {
+    let overflow = || BillingError::Overflow { account: account.clone() };
+    let mut entries = BTreeMap::new();
+    for (sku, amount) in skus.iter().filter(|(_, amount)| **amount != Total::ZERO) {
+        entries.insert(ledger::revenue(sku), amount.to_money().ok_or_else(overflow)?);
+    }
+    if entries.is_empty() {
+        return Ok(());
+    }
+    let sum = entries.values().copied().sum::<Total>();
+    let charge = sum.to_money().and_then(Money::checked_neg).ok_or_else(overflow)?;
+    entries.insert(ledger::customer(account), charge);
+    ledger::post(conn, Posting { kind: "usage", account, at_s, reference, entries }).await?;
+    Ok(())
 }
 
 /// The start of the UTC minute, in seconds.

@@ -1,12 +1,24 @@
 //! Usage as facts and as sums: `usage_events`, its tripwire `usage_duplicates`, and the daily rollup.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
+    fmt::Write,
+};
 
 use serde::Serialize;
-use sqlx::{FromRow, SqliteConnection};
+use sqlx::{FromRow, PgConnection};
 use time::{Date, OffsetDateTime};
 
-use crate::{error::BillingError, event::UsageEvent, money::Total};
+use crate::{
+    args, counter,
+    database::{Conn, Dialect, Raw},
+    error::BillingError,
+    event::{AccountId, Quantities, UsageEvent},
+    money::Total,
+};
+
+/// Smaller batches are not worth a stream of their own.
+const COPY_MIN: usize = 8;
 
 /// A dimension that usage is summed by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -45,6 +57,10 @@ pub struct UsageRow {
     pub input_tokens: u64,
     pub cached_input_tokens: u64,
     pub output_tokens: u64,
+    pub reasoning_tokens: u64,
+    pub characters: u64,
+    pub seconds: u64,
+    pub images: u64,
     pub cost: Total,
 }
 
@@ -61,6 +77,10 @@ pub(crate) struct RollupRow {
     pub input_tokens: i64,
     pub cached_input_tokens: i64,
     pub output_tokens: i64,
+    pub reasoning_tokens: i64,
+    pub characters: i64,
+    pub seconds: i64,
+    pub images: i64,
     pub cost_pico: i64,
 }
 
@@ -86,8 +106,46 @@ impl RollupRow {
             input_tokens: stored(event.quantities.input_tokens),
             cached_input_tokens: stored(event.quantities.cached_input_tokens),
             output_tokens: stored(event.quantities.output_tokens),
+            reasoning_tokens: stored(event.quantities.reasoning_tokens),
+            characters: stored(event.quantities.characters),
+            seconds: stored(event.quantities.seconds),
+            images: stored(event.quantities.images),
             cost_pico: event.cost.pico(),
         }
+    }
+
+    fn add(&mut self, other: &RollupRow) -> Result<(), BillingError> {
+        let overflow = || BillingError::Overflow { account: AccountId::new(other.account.clone()) };
+        let sums = [
+            &mut self.requests,
+            &mut self.input_tokens,
+            &mut self.cached_input_tokens,
+            &mut self.output_tokens,
+            &mut self.reasoning_tokens,
+            &mut self.characters,
+            &mut self.seconds,
+            &mut self.images,
+            &mut self.cost_pico,
+        ];
+        for (sum, more) in sums.into_iter().zip(other.sums()) {
+            *sum = sum.checked_add(more).ok_or_else(overflow)?;
+        }
+        Ok(())
+    }
+
+    /// Requests, then each class, then the cost.
+    pub fn sums(&self) -> [i64; 9] {
+        [
+            self.requests,
+            self.input_tokens,
+            self.cached_input_tokens,
+            self.output_tokens,
+            self.reasoning_tokens,
+            self.characters,
+            self.seconds,
+            self.images,
+            self.cost_pico,
+        ]
     }
 
     pub fn key(&self) -> [&str; 6] {
@@ -100,102 +158,264 @@ fn stored(count: u64) -> i64 {
     i64::try_from(count).expect("a billed count fits an i64, since its hold did")
 }
 
-/// Writes one event and adds it to the rollup; false if its request id has a bill already. Then it is only kept as
-/// evidence, and must not be posted.
+/// Writes the events of a batch and adds them to the rollup; returns the numbers of those whose request id has a bill
+/// already. They are only kept as evidence, and must not be posted.
 pub(crate) async fn record(
-    conn: &mut SqliteConnection,
+    conn: &mut Conn,
     epoch: &str,
-    seq: i64,
-    event: &UsageEvent,
-) -> Result<bool, BillingError> {
-    let inserted = sqlx::query(
-        "INSERT INTO usage_events (request_id, epoch, seq, account, org, project, api_key, end_user, model, node, \
-         input_tokens, cached_input_tokens, output_tokens, overrun_tokens, finish_reason, time_to_first_token_ms, \
-         duration_ms, admitted_at_ms, price_book, cost_pico) \
-         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (request_id) DO NOTHING",
-    )
-    .bind(event.request_id.to_string())
-    .bind(epoch)
-    .bind(seq)
-    .bind(event.account.as_str())
-    .bind(&event.org)
-    .bind(&event.project)
-    .bind(&event.api_key)
-    .bind(&event.user)
-    .bind(&event.model)
-    .bind(&event.node)
-    .bind(stored(event.quantities.input_tokens))
-    .bind(stored(event.quantities.cached_input_tokens))
-    .bind(stored(event.quantities.output_tokens))
-    .bind(i64::try_from(event.overrun_tokens).unwrap_or(i64::MAX))
-    .bind(event.finish_reason.as_str())
-    .bind(event.time_to_first_token_ms.map(|ms| i64::try_from(ms).unwrap_or(i64::MAX)))
-    .bind(i64::try_from(event.duration_ms).unwrap_or(i64::MAX))
-    .bind(event.admitted_at_ms)
-    .bind(event.price_book.as_str())
-    .bind(event.cost.pico())
-    .execute(&mut *conn)
-    .await?;
-    if inserted.rows_affected() == 0 {
-        tracing::error!(request_id = %event.request_id, epoch, seq, "a second bill for one request: kept as evidence, not charged");
-        let json = serde_json::to_string(event).expect("a usage event is plain data");
-        sqlx::query("INSERT INTO usage_duplicates (epoch, seq, request_id, event) VALUES (?, ?, ?, ?)")
-            .bind(epoch)
-            .bind(seq)
-            .bind(event.request_id.to_string())
-            .bind(json)
-            .execute(conn)
-            .await?;
-        return Ok(false);
+    batch: &[(i64, UsageEvent)],
+) -> Result<BTreeSet<i64>, BillingError> {
+    let first = counter::take(conn, "event", 0).await?;
+    let refused = match copy_in(conn, epoch, batch, first).await? {
+        true => BTreeSet::new(),
+        false => insert_each(conn, epoch, batch, first).await?,
+    };
+    counter::take(conn, "event", (batch.len() - refused.len()) as i64).await?;
+    let mut rollup: BTreeMap<[String; 6], RollupRow> = BTreeMap::new();
+    for (_, event) in batch.iter().filter(|(seq, _)| !refused.contains(seq)) {
+        let row = RollupRow::of(event);
+        match rollup.entry(row.key().map(str::to_owned)) {
+            Entry::Occupied(mut sum) => sum.get_mut().add(&row)?,
+            Entry::Vacant(place) => drop(place.insert(row)),
+        }
     }
-    add_to_rollup(conn, &RollupRow::of(event)).await?;
-    Ok(true)
+    for row in rollup.values() {
+        add_to_rollup(conn, row).await?;
+    }
+    Ok(refused)
 }
 
-async fn add_to_rollup(conn: &mut SqliteConnection, row: &RollupRow) -> Result<(), BillingError> {
-    sqlx::query(
-        "INSERT INTO usage_rollups_1d (day, account, org, project, api_key, model, requests, input_tokens, \
-         cached_input_tokens, output_tokens, cost_pico) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) \
-         ON CONFLICT DO UPDATE SET requests = requests + excluded.requests, \
-         input_tokens = input_tokens + excluded.input_tokens, \
-         cached_input_tokens = cached_input_tokens + excluded.cached_input_tokens, \
-         output_tokens = output_tokens + excluded.output_tokens, cost_pico = cost_pico + excluded.cost_pico",
+const EVENT_COLUMNS: &str = "request_id, epoch, seq, ordinal, account, org, project, api_key, end_user, model, service_tier, \
+     node, input_tokens, cached_input_tokens, output_tokens, reasoning_tokens, characters, seconds, images, \
+     overrun_tokens, finish_reason, time_to_first_token_ms, duration_ms, admitted_at_ms, price_book, cost_pico";
+
+/// PostgreSQL takes a whole batch in one stream; false if it is not one, or if a bill of the batch is a second one.
+async fn copy_in(
+    conn: &mut Conn,
+    epoch: &str,
+    batch: &[(i64, UsageEvent)],
+    first_ordinal: i64,
+) -> Result<bool, BillingError> {
+    if conn.dialect() != Dialect::Postgres || batch.len() < COPY_MIN {
+        return Ok(false);
+    }
+    let mut text = String::new();
+    for (ordinal, (seq, event)) in (first_ordinal..).zip(batch) {
+        copy_line(&mut text, epoch, *seq, ordinal, event);
+    }
+    conn.savepoint().await?;
+    let copied = match conn.raw() {
+        Raw::Postgres(postgres) => copy_text(postgres, &text).await,
+        Raw::Sqlite(_) => unreachable!("the dialect was asked above"),
+    };
+    match copied {
+        Ok(()) => {
+            conn.release_savepoint().await?;
+            Ok(true)
+        }
+        Err(error) if error.as_database_error().is_some_and(|error| error.is_unique_violation()) => {
+            conn.rollback_to_savepoint().await?;
+            Ok(false)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+async fn copy_text(postgres: &mut PgConnection, text: &str) -> Result<(), sqlx::Error> {
+    let statement = format!("COPY usage_events ({EVENT_COLUMNS}) FROM STDIN");
+    let mut copy = postgres.copy_in_raw(&statement).await?;
+    copy.send(text.as_bytes()).await?;
+    copy.finish().await.map(drop)
+}
+
+/// One line of PostgreSQL's text format: tabs between values, backslashes before what would end one, `\\N` for none.
+fn copy_line(text: &mut String, epoch: &str, seq: i64, ordinal: i64, event: &UsageEvent) {
+    let row = EventValues::of(event);
+    let numbers = |text: &mut String, values: &[i64]| {
+        for value in values {
+            write!(text, "\t{value}").expect("a string takes everything");
+        }
+    };
+    let words = |text: &mut String, values: &[&str]| {
+        for value in values {
+            text.push('\t');
+            for character in value.chars() {
+                match character {
+                    '\\' => text.push_str("\\\\"),
+                    '\t' => text.push_str("\\t"),
+                    '\n' => text.push_str("\\n"),
+                    '\r' => text.push_str("\\r"),
+                    _ => text.push(character),
+                }
+            }
+        }
+    };
+    text.push_str(&row.request_id);
+    words(text, &[epoch]);
+    numbers(text, &[seq, ordinal]);
+    words(
+        text,
+        &[event.account.as_str(), &event.org, &event.project, &event.api_key, &event.user, &event.model],
+    );
+    words(text, &[event.service_tier.as_str(), &event.node]);
+    numbers(text, &row.counts);
+    words(text, &[event.finish_reason.as_str()]);
+    match row.time_to_first_token_ms {
+        Some(ms) => numbers(text, &[ms]),
+        None => text.push_str("\t\\N"),
+    }
+    numbers(text, &[row.duration_ms, event.admitted_at_ms]);
+    words(text, &[event.price_book.as_str()]);
+    numbers(text, &[event.cost.pico()]);
+    text.push('\n');
+}
+
+/// An event's values as the table has them.
+struct EventValues {
+    request_id: String,
+    /// input, cached input, output, reasoning, characters, seconds, images, overrun.
+    counts: [i64; 8],
+    time_to_first_token_ms: Option<i64>,
+    duration_ms: i64,
+}
+
+impl EventValues {
+    fn of(event: &UsageEvent) -> EventValues {
+        let clamped = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+        let Quantities {
+            input_tokens,
+            cached_input_tokens,
+            output_tokens,
+            reasoning_tokens,
+            characters,
+            seconds,
+            images,
+        } = event.quantities;
+        let billed =
+            [input_tokens, cached_input_tokens, output_tokens, reasoning_tokens, characters, seconds, images]
+                .map(stored);
+        let [input, cached, output, reasoning, characters, seconds, images] = billed;
+        let overrun = clamped(event.overrun_tokens);
+        EventValues {
+            request_id: event.request_id.to_string(),
+            counts: [input, cached, output, reasoning, characters, seconds, images, overrun],
+            time_to_first_token_ms: event.time_to_first_token_ms.map(clamped),
+            duration_ms: clamped(event.duration_ms),
+        }
+    }
+}
+
+async fn insert_each(
+    conn: &mut Conn,
+    epoch: &str,
+    batch: &[(i64, UsageEvent)],
+    first_ordinal: i64,
+) -> Result<BTreeSet<i64>, BillingError> {
+    let (mut refused, mut ordinal) = (BTreeSet::new(), first_ordinal);
+    for (seq, event) in batch {
+        match insert(conn, epoch, *seq, ordinal, event).await? {
+            true => ordinal += 1,
+            false => drop(refused.insert(*seq)),
+        }
+    }
+    Ok(refused)
+}
+
+async fn insert(
+    conn: &mut Conn,
+    epoch: &str,
+    seq: i64,
+    ordinal: i64,
+    event: &UsageEvent,
+) -> Result<bool, BillingError> {
+    let row = EventValues::of(event);
+    let [input, cached, output, reasoning, characters, seconds, images, overrun] = row.counts;
+    let inserted = conn
+        .execute(
+            "INSERT INTO usage_events (request_id, epoch, seq, ordinal, account, org, project, api_key, end_user, model, \
+             service_tier, node, input_tokens, cached_input_tokens, output_tokens, reasoning_tokens, characters, \
+             seconds, images, overrun_tokens, finish_reason, time_to_first_token_ms, duration_ms, admitted_at_ms, \
+             price_book, cost_pico) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, \
+             $18, $19, $20, $21, $22, $23, $24, $25, $26) ON CONFLICT (request_id) DO NOTHING",
+            args![
+                &row.request_id,
+                epoch,
+                seq,
+                ordinal,
+                event.account.as_str(),
+                &event.org,
+                &event.project,
+                &event.api_key,
+                &event.user,
+                &event.model,
+                event.service_tier.as_str(),
+                &event.node,
+                input,
+                cached,
+                output,
+                reasoning,
+                characters,
+                seconds,
+                images,
+                overrun,
+                event.finish_reason.as_str(),
+                row.time_to_first_token_ms,
+                row.duration_ms,
+                event.admitted_at_ms,
+                event.price_book.as_str(),
+                event.cost.pico()
+            ],
+        )
+        .await?;
+    if inserted == 1 {
+        return Ok(true);
+    }
+    tracing::error!(request_id = %event.request_id, epoch, seq, "a second bill for one request: kept as evidence, not charged");
+    let json = serde_json::to_string(event).expect("a usage event is plain data");
+    conn.execute(
+        "INSERT INTO usage_duplicates (epoch, seq, request_id, event) VALUES ($1, $2, $3, $4)",
+        args![epoch, seq, &row.request_id, &json],
     )
-    .bind(&row.day)
-    .bind(&row.account)
-    .bind(&row.org)
-    .bind(&row.project)
-    .bind(&row.api_key)
-    .bind(&row.model)
-    .bind(row.requests)
-    .bind(row.input_tokens)
-    .bind(row.cached_input_tokens)
-    .bind(row.output_tokens)
-    .bind(row.cost_pico)
-    .execute(conn)
+    .await?;
+    Ok(false)
+}
+
+async fn add_to_rollup(conn: &mut Conn, row: &RollupRow) -> Result<(), BillingError> {
+    let [day, account, org, project, api_key, model] = row.key();
+    let [requests, input, cached, output, reasoning, characters, seconds, images, cost] = row.sums();
+    conn.execute(
+        "INSERT INTO usage_rollups_1d AS r (day, account, org, project, api_key, model, requests, input_tokens, \
+         cached_input_tokens, output_tokens, reasoning_tokens, characters, seconds, images, cost_pico) \
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15) \
+         ON CONFLICT (day, account, org, project, api_key, model) DO UPDATE SET requests = r.requests + excluded.requests, \
+         input_tokens = r.input_tokens + excluded.input_tokens, \
+         cached_input_tokens = r.cached_input_tokens + excluded.cached_input_tokens, \
+         output_tokens = r.output_tokens + excluded.output_tokens, \
+         reasoning_tokens = r.reasoning_tokens + excluded.reasoning_tokens, \
+         characters = r.characters + excluded.characters, seconds = r.seconds + excluded.seconds, \
+         images = r.images + excluded.images, cost_pico = r.cost_pico + excluded.cost_pico",
+        args![
+            day, account, org, project, api_key, model, requests, input, cached, output, reasoning, characters,
+            seconds, images, cost
+        ],
+    )
     .await?;
     Ok(())
 }
 
 /// The rollup rows of a query's days and filters.
-pub(crate) async fn rollups(
-    conn: &mut SqliteConnection,
-    query: &UsageQuery,
-) -> Result<Vec<RollupRow>, BillingError> {
-    Ok(sqlx::query_as(
-        "SELECT day, account, org, project, api_key, model, requests, input_tokens, cached_input_tokens, \
-         output_tokens, cost_pico FROM usage_rollups_1d \
-         WHERE (?1 IS NULL OR day >= ?1) AND (?2 IS NULL OR day < ?2) AND (?3 IS NULL OR org = ?3) \
-         AND (?4 IS NULL OR project = ?4) AND (?5 IS NULL OR api_key = ?5) \
-         ORDER BY day, account, org, project, api_key, model",
-    )
-    .bind(query.from.map(|day| day.to_string()))
-    .bind(query.to.map(|day| day.to_string()))
-    .bind(&query.org)
-    .bind(&query.project)
-    .bind(&query.api_key)
-    .fetch_all(conn)
-    .await?)
+pub(crate) async fn rollups(conn: &mut Conn, query: &UsageQuery) -> Result<Vec<RollupRow>, BillingError> {
+    let day = |day: Option<Date>| day.map(|day| day.to_string());
+    Ok(conn
+        .fetch_all(
+            "SELECT day, account, org, project, api_key, model, requests, input_tokens, cached_input_tokens, \
+             output_tokens, reasoning_tokens, characters, seconds, images, cost_pico FROM usage_rollups_1d \
+             WHERE ($1 IS NULL OR day >= $1) AND ($2 IS NULL OR day < $2) AND ($3 IS NULL OR org = $3) \
+             AND ($4 IS NULL OR project = $4) AND ($5 IS NULL OR api_key = $5) \
+             ORDER BY day, account, org, project, api_key, model",
+            args![&day(query.from), &day(query.to), &query.org, &query.project, &query.api_key],
+        )
+        .await?)
 }
 
 /// Sums rollup rows by the dimensions asked for, in their order. Without any, one row.
@@ -214,6 +434,10 @@ pub(crate) fn fold(rows: Vec<RollupRow>, group_by: &[UsageGroup]) -> Vec<UsageRo
         sum.input_tokens += row.input_tokens.unsigned_abs();
         sum.cached_input_tokens += row.cached_input_tokens.unsigned_abs();
         sum.output_tokens += row.output_tokens.unsigned_abs();
+        sum.reasoning_tokens += row.reasoning_tokens.unsigned_abs();
+        sum.characters += row.characters.unsigned_abs();
+        sum.seconds += row.seconds.unsigned_abs();
+        sum.images += row.images.unsigned_abs();
         sum.cost += Total::from_pico(row.cost_pico.into());
     }
     let named = groups.into_iter();
@@ -228,42 +452,58 @@ pub(crate) struct EventRow {
     pub request_id: String,
     pub epoch: String,
     pub seq: i64,
+    pub ordinal: i64,
     pub account: String,
     pub org: String,
     pub project: String,
     pub api_key: String,
     pub model: String,
+    pub service_tier: String,
     pub input_tokens: i64,
     pub cached_input_tokens: i64,
     pub output_tokens: i64,
+    pub reasoning_tokens: i64,
+    pub characters: i64,
+    pub seconds: i64,
+    pub images: i64,
     pub admitted_at_ms: i64,
     pub price_book: String,
     pub cost_pico: i64,
 }
 
-/// Up to `limit` events after (epoch, seq), in that order.
+impl EventRow {
+    pub fn quantities(&self) -> Quantities {
+        Quantities {
+            input_tokens: self.input_tokens.unsigned_abs(),
+            cached_input_tokens: self.cached_input_tokens.unsigned_abs(),
+            output_tokens: self.output_tokens.unsigned_abs(),
+            reasoning_tokens: self.reasoning_tokens.unsigned_abs(),
+            characters: self.characters.unsigned_abs(),
+            seconds: self.seconds.unsigned_abs(),
+            images: self.images.unsigned_abs(),
+        }
+    }
+}
+
+/// Up to `limit` events after `ordinal`, in the order in which they were committed.
 pub(crate) async fn events_after(
-    conn: &mut SqliteConnection,
-    after: (&str, i64),
+    conn: &mut Conn,
+    ordinal: i64,
     limit: i64,
 ) -> Result<Vec<EventRow>, BillingError> {
-    Ok(sqlx::query_as(
-        "SELECT request_id, epoch, seq, account, org, project, api_key, model, input_tokens, cached_input_tokens, \
-         output_tokens, admitted_at_ms, price_book, cost_pico FROM usage_events \
-         WHERE (epoch, seq) > (?, ?) ORDER BY epoch, seq LIMIT ?",
-    )
-    .bind(after.0)
-    .bind(after.1)
-    .bind(limit)
-    .fetch_all(conn)
-    .await?)
+    Ok(conn
+        .fetch_all(
+            "SELECT request_id, epoch, seq, ordinal, account, org, project, api_key, model, service_tier, input_tokens, \
+             cached_input_tokens, output_tokens, reasoning_tokens, characters, seconds, images, admitted_at_ms, \
+             price_book, cost_pico FROM usage_events WHERE ordinal > $1 ORDER BY ordinal LIMIT $2",
+            args![ordinal, limit],
+        )
+        .await?)
 }
 
 /// (epoch, seq, request id) of every refused second bill.
-pub(crate) async fn duplicates(
-    conn: &mut SqliteConnection,
-) -> Result<Vec<(String, i64, String)>, BillingError> {
-    Ok(sqlx::query_as("SELECT epoch, seq, request_id FROM usage_duplicates ORDER BY epoch, seq")
-        .fetch_all(conn)
+pub(crate) async fn duplicates(conn: &mut Conn) -> Result<Vec<(String, i64, String)>, BillingError> {
+    Ok(conn
+        .fetch_all("SELECT epoch, seq, request_id FROM usage_duplicates ORDER BY epoch, seq", args![])
         .await?)
 }

@@ -26,12 +26,18 @@ use crate::{app::Limits, server::ConnectionLimits};
 pub struct Config {
     /// Address and port for REST and gRPC; port 0 takes a free one.
     pub listen: String,
-    /// Database, outbox and first keys.
+    /// Outbox, first keys and, unless `database_url` says otherwise, the database.
     pub data_dir: PathBuf,
+    /// `postgres://USER:PASSWORD@HOST/DATABASE`, which several gateways may share, or `sqlite:PATH`. Absent: a SQLite file in
+    /// `data_dir`.
+    pub database_url: Option<String>,
+    /// The name of this gateway in the ledger and in logs.
+    pub gateway: String,
     /// Remote inference nodes. Empty: one runs in this process.
     pub nodes: Vec<String>,
     /// How long a drain waits for streams in flight before it gives up on them.
     pub drain_timeout_ms: u64,
+    pub database: DatabaseLimits,
     pub node: EmbeddedNode,
     pub connections: ConnectionLimits,
     pub limits: Limits,
@@ -42,12 +48,30 @@ impl Default for Config {
         Config {
             listen: "127.0.0.1:8080".to_owned(),
             data_dir: default_data_dir(),
+            database_url: None,
+            gateway: "gateway-0".to_owned(),
             nodes: Vec::new(),
             drain_timeout_ms: 120_000,
+            database: DatabaseLimits::default(),
             node: EmbeddedNode::default(),
             connections: ConnectionLimits::default(),
             limits: Limits::default(),
         }
+    }
+}
+
+/// Connections to the database.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DatabaseLimits {
+    pub connections_max: u32,
+    /// How long a statement waits for a connection, and in SQLite for another writer.
+    pub wait_ms_max: u64,
+}
+
+impl Default for DatabaseLimits {
+    fn default() -> Self {
+        DatabaseLimits { connections_max: 8, wait_ms_max: 10_000 }
     }
 }
 
@@ -86,8 +110,10 @@ impl Config {
             .map_err(|error| anyhow::anyhow!("configuration: {error}"))
     }
 
-    pub fn database_path(&self) -> PathBuf {
-        self.data_dir.join("ledger.db")
+    /// Where the database is.
+    pub fn database_url(&self) -> String {
+        let file = || format!("sqlite:{}", self.data_dir.join("ledger.db").display());
+        self.database_url.clone().unwrap_or_else(file)
     }
 
     pub fn outbox_path(&self) -> PathBuf {

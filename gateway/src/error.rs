@@ -78,6 +78,10 @@ pub enum ApiError {
         "the account's credit does not cover this request beside those in flight; add credit, then try again"
     )]
     InsufficientQuota,
+    #[error(
+        "the budget {budget} does not cover this request beside those in flight; raise it, or wait for its next period"
+    )]
+    OverBudget { budget: String },
     #[error("the client read too slowly; generation was ended")]
     ClientTooSlow,
     #[error("the deadline passed before the answer was complete")]
@@ -164,6 +168,7 @@ impl ApiError {
             E::BodyTooLarge { .. }                        => row(413, Code::ResourceExhausted, INVALID, "request_too_large",          None),
             E::MediaType { .. }                           => row(415, Code::InvalidArgument,   INVALID, "unsupported_content_type",   None),
             E::InsufficientQuota                          => row(429, Code::ResourceExhausted, "insufficient_quota", "insufficient_quota", None),
+            E::OverBudget { .. }                          => row(429, Code::ResourceExhausted, "insufficient_quota", "budget_exceeded", None),
             E::Internal(_)                                => row(500, Code::Internal,          SERVER,  SERVER,                       None),
             E::NoPrice { .. }                             => row(503, Code::FailedPrecondition, SERVER, SERVER,                       None),
             E::DeadlineExceeded                           => row(504, Code::DeadlineExceeded,  SERVER,  "deadline_exceeded",          None),
@@ -244,6 +249,9 @@ impl ApiError {
         if let Some(delay) = row.retry_after {
             details.set_retry_info(Some(delay));
         }
+        if let ApiError::OverBudget { .. } = self {
+            details.add_quota_failure_violation("budget", self.to_string());
+        }
         if matches!(self, ApiError::InsufficientQuota) {
             details.add_quota_failure_violation("account", self.to_string());
         }
@@ -266,7 +274,7 @@ impl ApiError {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(delay.as_millis().div_ceil(1000) as u64));
             headers.insert(RETRY_AFTER_MS, HeaderValue::from(delay.as_millis() as u64));
         }
-        if matches!(self, ApiError::InsufficientQuota) {
+        if matches!(self, ApiError::InsufficientQuota | ApiError::OverBudget { .. }) {
             headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"));
         }
         response
@@ -301,6 +309,7 @@ impl From<AdmitError> for ApiError {
     fn from(error: AdmitError) -> ApiError {
         match error {
             AdmitError::InsufficientCredit { .. } => ApiError::InsufficientQuota,
+            AdmitError::OverBudget { budget, .. } => ApiError::OverBudget { budget },
             AdmitError::NoPrice { model, service_tier: ServiceTier::Default } => ApiError::NoPrice { model },
             AdmitError::NoPrice { model, service_tier } => {
                 let message = format!(
@@ -384,6 +393,10 @@ mod tests {
         check(
             ApiError::InsufficientQuota,
             "429 ResourceExhausted insufficient_quota insufficient_quota - - false",
+        );
+        check(
+            ApiError::OverBudget { budget: "b".into() },
+            "429 ResourceExhausted insufficient_quota budget_exceeded - - false",
         );
         check(ApiError::Overloaded { retry_after: wait }, "503 Unavailable server_error server_error - 2 -");
         check(ApiError::internal("secret"), "500 Internal server_error server_error - - -");

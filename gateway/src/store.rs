@@ -1,76 +1,24 @@
-//! The gateway's database: one SQLite file, opened once and shared with the billing crate.
+//! The gateway's database, opened once and shared with the billing crate: SQLite in the data folder, or PostgreSQL.
 //!
 //! Each crate brings its own migrations and its own tables; neither names a table of the other.
 
-use std::{path::Path, time::Duration};
+use sluice_billing::{Database, DatabaseError, DatabaseOptions, Migrations};
 
-use sqlx::{
-    SqlitePool,
-    migrate::Migrator,
-    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
-};
+use crate::config::Config;
 
-/// Connections: SQLite has one writer at a time, readers never wait for it (WAL).
-const CONNECTIONS_MAX: u32 = 8;
-const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// A failure to open or migrate the database, with what to do about it.
-#[derive(Debug, thiserror::Error)]
-pub enum StoreError {
-    #[error(
-        "cannot open the database {path}: check that the folder exists and is writable, and that the file is a Sluice database"
-    )]
-    Open {
-        path: String,
-        #[source]
-        source: sqlx::Error,
-    },
-    #[error("cannot bring the database {path} up to date; it may come from a newer version of Sluice")]
-    Migrate {
-        path: String,
-        #[source]
-        source: sqlx::migrate::MigrateError,
-    },
-}
-
-/// Opens (and where `create` says so, creates) the database at `path` and applies the gateway's migrations.
-pub async fn open(path: &Path, create: bool) -> Result<SqlitePool, StoreError> {
-    let options = SqliteConnectOptions::new()
-        .filename(path)
-        .create_if_missing(create)
-        .journal_mode(SqliteJournalMode::Wal)
-        .synchronous(SqliteSynchronous::Full)
-        .busy_timeout(BUSY_TIMEOUT)
-        .foreign_keys(true);
-    let name = path.display().to_string();
-    if create {
-        create_private(path)
-            .map_err(|source| StoreError::Open { path: name.clone(), source: source.into() })?;
-    }
-    let pool = SqlitePoolOptions::new()
-        .max_connections(CONNECTIONS_MAX)
-        .connect_with(options)
-        .await
-        .map_err(|source| StoreError::Open { path: name.clone(), source })?;
-    migrations().run(&pool).await.map_err(|source| StoreError::Migrate { path: name, source })?;
-    Ok(pool)
-}
-
-/// Creates the file, its owner's alone, unless it exists. SQLite gives its journals the mode of the database.
-pub fn create_private(path: &Path) -> std::io::Result<()> {
-    use std::os::unix::fs::OpenOptionsExt;
-    std::fs::File::options().create(true).truncate(false).write(true).mode(0o600).open(path).map(drop)
-}
-
-/// Moves everything into the database file itself, so that a copy of it alone is whole.
-pub async fn close(database: SqlitePool) -> Result<(), sqlx::Error> {
-    let folded = sqlx::query("PRAGMA wal_checkpoint(TRUNCATE)").execute(&database).await.map(drop);
-    database.close().await;
-    folded
-}
-
-fn migrations() -> Migrator {
-    let mut migrator = sqlx::migrate!("./migrations");
-    migrator.dangerous_set_table_name("_gateway_migrations");
-    migrator
+/// Opens (and where `create` says so, creates) the database and applies the gateway's migrations.
+pub async fn open(config: &Config, create: bool) -> Result<Database, DatabaseError> {
+    let options = DatabaseOptions {
+        connections_max: config.database.connections_max,
+        wait_max: std::time::Duration::from_millis(config.database.wait_ms_max),
+        create,
+    };
+    let database = Database::open(&config.database_url(), &options).await?;
+    let migrations = Migrations {
+        sqlite: sqlx::migrate!("./migrations/sqlite"),
+        postgres: sqlx::migrate!("./migrations/postgres"),
+        table: "_gateway_migrations",
+    };
+    database.migrate(migrations).await?;
+    Ok(database)
 }

@@ -29,9 +29,6 @@ use crate::{
     server, stack, store,
 };
 
-/// The name of this gateway in the ledger: there is one to a data folder.
-const GATEWAY: &str = "gateway-0";
-
 /// Runs until SIGINT or SIGTERM, then drains. A second signal ends the process at once.
 pub async fn run(config: Config, json: bool) -> anyhow::Result<()> {
     let signalled = stop_signals()?;
@@ -39,13 +36,13 @@ pub async fn run(config: Config, json: bool) -> anyhow::Result<()> {
     let listener = bind(&config.listen).await?;
     let address = listener.local_addr()?;
 
-    let database = store::open(&config.database_path(), true).await?;
-    store::create_private(&config.outbox_path())
+    let database = store::open(&config, true).await?;
+    sluice_billing::create_private(&config.outbox_path())
         .with_context(|| format!("cannot create {}", config.outbox_path().display()))?;
     let billing = Billing::open(BillingOptions {
         database: database.clone(),
         outbox_path: config.outbox_path(),
-        gateway: GATEWAY.to_owned(),
+        gateway: config.gateway.clone(),
         limits: BillingLimits::default(),
     })
     .await?;
@@ -94,8 +91,8 @@ pub async fn run(config: Config, json: bool) -> anyhow::Result<()> {
     }
     billing.close().await?;
     fleet.stop().await;
-    if let Err(error) = store::close(database).await {
-        warn!(%error, "the database's write-ahead log stays beside it; keep both files together");
+    if let Err(error) = database.close().await {
+        warn!(%error, "the database did not close cleanly; a SQLite file's write-ahead log stays beside it: keep both files together");
     }
     info!("stopped");
     Ok(())

@@ -17,6 +17,7 @@ use sluice_billing::{
 use sluice_gateway::{
     app::{App, Limits},
     auth::{Auth, Role, Tenancy},
+    config::Config,
     metrics::Metrics,
     route::{NodeEndpoint, Nodes},
     server::{self, ConnectionLimits},
@@ -168,7 +169,9 @@ struct Gateway {
 impl Gateway {
     async fn start(nodes: &[ScriptedNode], credit_pico: i64, limits: Limits) -> Gateway {
         let folder = tempfile::tempdir().expect("a folder");
-        let database = store::open(&folder.path().join("ledger.db"), true).await.expect("a database");
+        let database = store::open(&Config { data_dir: folder.path().to_owned(), ..Config::default() }, true)
+            .await
+            .expect("a database");
         let billing = Billing::open(BillingOptions {
             database: database.clone(),
             outbox_path: folder.path().join("outbox.db"),

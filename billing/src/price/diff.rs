@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::{Meter, PriceBook, Rate, Row, Step, rate::Tier};
+use super::{BookRow, Meter, PriceBook, Rate, Step, rate::Tier};
 use crate::{
     event::{AccountId, ServiceTier},
     money::Money,
@@ -63,12 +63,12 @@ impl PriceBook {
     }
 }
 
-fn key(row: &Row<'_>) -> (String, ServiceTier, Option<AccountId>, Meter) {
+fn key(row: &BookRow<'_>) -> (String, ServiceTier, Option<AccountId>, Meter) {
     (row.model.to_owned(), row.service_tier, row.account.cloned(), row.meter)
 }
 
 impl PriceTerms {
-    pub fn of(row: &Row<'_>) -> PriceTerms {
+    pub fn of(row: &BookRow<'_>) -> PriceTerms {
         PriceTerms::new(&row.price.sku, &row.price.rate)
     }
 

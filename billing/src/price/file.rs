@@ -23,7 +23,7 @@ use std::{
 use serde::Deserialize;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
-use super::{Meter, Meters, Offer, Price, PriceBook, Product, Rate, Row, Tier, Tiers, TiersError};
+use super::{BookRow, Meter, Meters, Offer, Price, PriceBook, Product, Rate, Tier, Tiers, TiersError};
 use crate::{
     event::{AccountId, ServiceTier},
     money::{Money, MoneyError, Total, parse_decimal},
@@ -404,7 +404,7 @@ fn complete(models: &BTreeMap<String, BTreeMap<ServiceTier, Offer>>) -> Result<(
 pub(super) fn canonical(book: &PriceBook) -> String {
     let from = book.effective_from.format(&Rfc3339).expect("a parsed RFC 3339 time formats as one");
     let mut text = format!("currency = \"USD\"\neffective_from = {}\n", quoted(&from));
-    for Row { model, service_tier, account, meter, price } in book.rows() {
+    for BookRow { model, service_tier, account, meter, price } in book.rows() {
         text += &format!("\n[[price]]\nmodel = {}\nmeter = \"{meter}\"\n", quoted(model));
         if service_tier != ServiceTier::Default {
             text += &format!("service_tier = \"{service_tier}\"\n");

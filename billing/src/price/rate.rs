@@ -203,8 +203,8 @@ pub(crate) mod strategy {
 
     use super::*;
 
-    pub fn money() -> impl Strategy<Value = Money> {
-        prop_oneof![Just(0), 1..50i64, 1..5_000_000i64].prop_map(Money::from_pico)
+    pub fn money() -> BoxedStrategy<Money> {
+        prop_oneof![Just(0), 1..50i64, 1..5_000_000i64].prop_map(Money::from_pico).boxed()
     }
 
     pub fn tiers() -> impl Strategy<Value = Tiers> {
@@ -222,13 +222,15 @@ pub(crate) mod strategy {
         })
     }
 
-    pub fn rate() -> impl Strategy<Value = Rate> {
+    /// Boxed, since a book of them would not fit a test's stack.
+    pub fn rate() -> BoxedStrategy<Rate> {
         prop_oneof![
             money().prop_map(Rate::Flat),
             (2..40u64, money()).prop_map(|(size, price)| Rate::Package { size, price }),
             tiers().prop_map(Rate::Graduated),
             tiers().prop_map(Rate::Volume),
         ]
+        .boxed()
     }
 }
 

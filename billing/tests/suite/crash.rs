@@ -13,7 +13,6 @@ async fn bill(world: &World) {
     world.billing.admit(request(10, 4)).await.unwrap().settle(outcome(10, 0, 4)).await.unwrap();
 }
 
-#[tokio::test]
 async fn a_bill_that_was_durable_is_shipped_at_the_next_start() {
     let world = World::new(1_000).await;
     bill(&world).await;
@@ -24,7 +23,6 @@ async fn a_bill_that_was_durable_is_shipped_at_the_next_start() {
     world.assert_clean().await;
 }
 
-#[tokio::test]
 async fn a_batch_that_the_ledger_has_and_the_outbox_has_not_forgotten_is_not_posted_again() {
     let world = World::new(1_000).await;
     bill(&world).await;
@@ -32,7 +30,7 @@ async fn a_batch_that_the_ledger_has_and_the_outbox_has_not_forgotten_is_not_pos
     world.posted().await;
     let image = world.image();
     copy(before.path(), image.path(), "outbox.db");
-    let world = World::open_in(image, limits()).await.unwrap();
+    let world = world.reopen(image).await;
     assert_eq!(world.posted().await, 1_000 - EACH);
     bill(&world).await;
     assert_eq!(world.posted().await, 1_000 - 2 * EACH);
@@ -51,7 +49,6 @@ async fn a_ledger_that_lost_shipped_bills_is_refused() {
     assert!(matches!(refused, Err(BillingError::LedgerBehindOutbox { shipped: 1, known: 0 })), "{refused:?}");
 }
 
-#[tokio::test]
 async fn an_old_copy_of_the_outbox_begins_anew() {
     let world = World::new(1_000).await;
     bill(&world).await;
@@ -62,7 +59,7 @@ async fn an_old_copy_of_the_outbox_begins_anew() {
     world.posted().await;
     let image = world.image();
     copy(before.path(), image.path(), "outbox.db");
-    let world = World::open_in(image, limits()).await.unwrap();
+    let world = world.reopen(image).await;
     bill(&world).await;
     assert_eq!(world.posted().await, 1_000 - 5 * EACH);
     world.assert_clean().await;
@@ -85,7 +82,6 @@ async fn a_lost_outbox_leaves_a_lease_that_expires() {
     world.assert_clean().await;
 }
 
-#[tokio::test]
 async fn what_is_shipped_after_its_lease_expired_is_written_off_beyond_the_cap() {
     let world = World::new(2 * EACH).await;
     bill(&world).await;
@@ -103,30 +99,24 @@ async fn what_is_shipped_after_its_lease_expired_is_written_off_beyond_the_cap()
     open_hold.settle(outcome(10, 0, 4)).await.unwrap();
     assert_eq!(world.posted().await, 0);
     assert!(world.billing.admit(request(0, 1)).await.is_err());
-    let (written_off,): (i64,) =
-        sqlx::query_as("SELECT sum(amount_pico) FROM ledger_entries WHERE book = 'write_off'")
-            .fetch_one(&world.database)
-            .await
-            .unwrap();
+    let sum = "SELECT CAST(sum(amount_pico) AS BIGINT) FROM ledger_entries WHERE book = 'write_off'";
+    let (written_off,): (i64,) = world.database.read().await.unwrap().fetch_one(sum, &[]).await.unwrap();
     assert_eq!(written_off, left - 2 * EACH);
     world.assert_clean().await;
 }
 
-#[tokio::test]
 async fn a_bill_that_the_outbox_refuses_is_an_error_and_its_money_stays_held() {
     let world = World::new(2 * EACH).await;
     let hold = world.billing.admit(request(10, 4)).await.unwrap();
     // The outbox's own number is taken behind its back: its next commit fails.
     let world = {
         let image = world.image();
-        drop((hold, world));
-        let outbox = pool(&image.path().join("outbox.db"), PATIENCE).await;
-        sqlx::query("CREATE TRIGGER full BEFORE INSERT ON outbox_events WHEN NEW.seq = 1 BEGIN SELECT RAISE(ABORT, 'disk full'); END")
-            .execute(&outbox)
-            .await
-            .unwrap();
-        outbox.close().await;
-        World::open_in(image, limits()).await.unwrap()
+        drop(hold);
+        let outbox = open_url(&file_url(&image.path().join("outbox.db")), PATIENCE).await;
+        let full = "CREATE TRIGGER full BEFORE INSERT ON outbox_events WHEN NEW.seq = 1 BEGIN SELECT RAISE(ABORT, 'disk full'); END";
+        run(&outbox, full).await.unwrap();
+        outbox.close().await.unwrap();
+        world.reopen(image).await
     };
     let hold = world.billing.admit(request(10, 4)).await.unwrap();
     assert!(hold.settle(outcome(10, 0, 4)).await.is_err());
@@ -137,4 +127,12 @@ async fn a_bill_that_the_outbox_refuses_is_an_error_and_its_money_stays_held() {
     world.assert_clean().await;
     let world = world.crash().await;
     assert_eq!(world.billing.balance(&account()).await.unwrap().available, pico(2 * EACH));
+}
+
+on_both! {
+    a_bill_that_was_durable_is_shipped_at_the_next_start,
+    a_batch_that_the_ledger_has_and_the_outbox_has_not_forgotten_is_not_posted_again,
+    an_old_copy_of_the_outbox_begins_anew,
+    what_is_shipped_after_its_lease_expired_is_written_off_beyond_the_cap,
+    a_bill_that_the_outbox_refuses_is_an_error_and_its_money_stays_held,
 }

@@ -120,7 +120,7 @@ impl History {
                 self.world.posted().await;
                 let image = self.world.image();
                 copy(before.path(), image.path(), "outbox.db");
-                let world = World::open_in(image, self.world.limits.clone()).await.expect("billing recovers");
+                let world = self.world.reopen(image).await;
                 return History { world, open: Vec::new(), ..self };
             }
             Op::Restart => {
@@ -128,9 +128,7 @@ impl History {
                 self.world.billing.close().await.expect("billing closes");
                 let closed = self.world.billing.balance(&account()).await.expect("the account exists");
                 assert_eq!((closed.posted, closed.available), (pico(self.balance), pico(self.balance)));
-                let World { dir, database, limits, .. } = self.world;
-                database.close().await;
-                let world = World::open_in(dir, limits).await.expect("billing opens again");
+                let world = self.world.restart().await;
                 return History { world, open: Vec::new(), ..self };
             }
         }
@@ -202,24 +200,39 @@ fn cases() -> u32 {
     std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(24)
 }
 
+async fn agrees_with_one_number(ops: Vec<Op>, credit: i64, slice: i64) {
+    let limits = BillingLimits { lease_slice: pico(slice), ship_events_max: 3, ..limits() };
+    let world = World::with(credit, limits).await;
+    let mut history = History { world, open: Vec::new(), balance: credit, bills: 0 };
+    for op in &ops {
+        history = history.apply(op).await;
+        history.check().await;
+    }
+    assert_eq!(history.world.posted().await, history.balance);
+    let rows = history.world.billing.usage(&Default::default()).await.unwrap();
+    assert_eq!(rows.iter().map(|row| row.requests).sum::<u64>(), history.bills);
+    history.open.clear();
+    history.check().await;
+}
+
+fn run(kind: Kind, history: impl Future<Output = ()>) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(KIND.scope(kind, history));
+}
+
+fn slice() -> impl Strategy<Value = i64> {
+    prop_oneof![Just(0), 1..50i64, Just(100_000)]
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: cases(), ..ProptestConfig::default() })]
     #[test]
-    fn billing_agrees_with_one_number(ops in vec(op(), 1..50), credit in 0..1_000i64, slice in prop_oneof![Just(0), 1..50i64, Just(100_000)]) {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async {
-            let limits = BillingLimits { lease_slice: pico(slice), ship_events_max: 3, ..limits() };
-            let world = World::with(credit, limits).await;
-            let mut history = History { world, open: Vec::new(), balance: credit, bills: 0 };
-            for op in &ops {
-                history = history.apply(op).await;
-                history.check().await;
-            }
-            assert_eq!(history.world.posted().await, history.balance);
-            let rows = history.world.billing.usage(&Default::default()).await.unwrap();
-            assert_eq!(rows.iter().map(|row| row.requests).sum::<u64>(), history.bills);
-            history.open.clear();
-            history.check().await;
-        });
+    fn billing_agrees_with_one_number(ops in vec(op(), 1..50), credit in 0..1_000i64, slice in slice()) {
+        run(Kind::Sqlite, agrees_with_one_number(ops, credit, slice));
+    }
+
+    #[test]
+    fn billing_agrees_with_one_number_on_postgres(ops in vec(op(), 1..50), credit in 0..1_000i64, slice in slice()) {
+        run(Kind::Postgres, agrees_with_one_number(ops, credit, slice));
     }
 }

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use sluice_billing::{
-    AccountId, AccountKind, AdmitError, BillingError, BillingLimits, Books, CreditGrant, Money, PriceBook,
-    UsageGroup, UsageQuery, VoidCause,
+    AccountId, AccountKind, AdmitError, AdmitRequest, BillingError, BillingLimits, Books, CreditGrant,
+    Database, DatabaseError, DatabaseOptions, Money, PriceBook, UsageGroup, UsageQuery, VoidCause,
 };
 use time::macros::date;
 use tokio::task::JoinSet;
@@ -12,7 +12,6 @@ use uuid::Uuid;
 
 use crate::support::*;
 
-#[tokio::test]
 async fn a_request_is_billed_from_hold_to_rollup() {
     let world = World::new(1_000).await;
     let mut hold = world.billing.admit(request(10, 100)).await.unwrap();
@@ -29,7 +28,7 @@ async fn a_request_is_billed_from_hold_to_rollup() {
     let json = serde_json::to_value(&rows).unwrap();
     let expected = serde_json::json!([{
         "day": "2026-03-01", "model": "m", "requests": 1, "input_tokens": 6, "cached_input_tokens": 4,
-        "output_tokens": 8, "cost": "0.000000000062",
+        "output_tokens": 8, "reasoning_tokens": 0, "characters": 0, "seconds": 0, "images": 0, "cost": "0.000000000062",
     }]);
     assert_eq!(json, expected);
     let next_day = UsageQuery { from: Some(date!(2026 - 03 - 02)), ..query };
@@ -40,7 +39,6 @@ async fn a_request_is_billed_from_hold_to_rollup() {
     assert_eq!((balance.leased, balance.available), (Money::ZERO, pico(1_000 - cost)));
 }
 
-#[tokio::test]
 async fn generation_ends_at_exactly_the_token_that_is_still_paid() {
     // One pico-USD short of an eighth token.
     for (credit, tokens) in
@@ -58,7 +56,6 @@ async fn generation_ends_at_exactly_the_token_that_is_still_paid() {
     }
 }
 
-#[tokio::test]
 async fn who_cannot_pay_one_token_is_refused() {
     for credit in [0, 1, 10 * INPUT, 10 * INPUT + OUTPUT - 1] {
         let world = World::new(credit).await;
@@ -87,7 +84,6 @@ async fn who_cannot_pay_one_token_is_refused() {
     world.assert_clean().await;
 }
 
-#[tokio::test]
 async fn a_model_without_a_price_is_refused_and_a_free_one_needs_no_credit() {
     let world = World::new(0).await;
     let mut unknown = request(1, 1);
@@ -114,7 +110,6 @@ async fn a_model_without_a_price_is_refused_and_a_free_one_needs_no_credit() {
     world.assert_clean().await;
 }
 
-#[tokio::test]
 async fn the_price_is_pinned_at_admission() {
     let world = World::new(10_000).await;
     let hold = world.billing.admit(request(10, 4)).await.unwrap();
@@ -129,7 +124,6 @@ async fn the_price_is_pinned_at_admission() {
     world.assert_clean().await;
 }
 
-#[tokio::test]
 async fn tokens_beyond_the_hold_are_never_billed() {
     let world = World::new(1_000).await;
     let hold = world.billing.admit(request(10, 4)).await.unwrap();
@@ -140,7 +134,6 @@ async fn tokens_beyond_the_hold_are_never_billed() {
     world.assert_clean().await;
 }
 
-#[tokio::test]
 async fn void_and_drop_give_the_whole_hold_back() {
     let world = World::new(10 * INPUT + 4 * OUTPUT).await;
     for _ in 0..3 {
@@ -205,7 +198,6 @@ async fn streams_that_race_for_the_last_tokens_get_each_once() {
     world.assert_clean().await;
 }
 
-#[tokio::test]
 async fn bills_share_a_commit() {
     let world = World::new(100_000).await;
     let mut holds = Vec::new();
@@ -227,7 +219,6 @@ async fn bills_share_a_commit() {
     world.assert_clean().await;
 }
 
-#[tokio::test]
 async fn a_settle_that_nobody_waits_for_is_still_a_bill() {
     let world = World::new(1_000).await;
     let hold = world.billing.admit(request(10, 4)).await.unwrap();
@@ -245,8 +236,8 @@ async fn without_the_ledger_requests_go_on_under_their_lease_until_the_outbox_is
     let limits = BillingLimits { lease_slice: pico(500), outbox_events_max: 3, ..limits() };
     let world = World::patient(100_000, limits, Duration::ZERO).await;
     drop(world.billing.admit(request(1, 1)).await.unwrap());
-    let other = pool(&world.dir.path().join("ledger.db"), PATIENCE).await;
-    let lock = other.begin_with("BEGIN IMMEDIATE").await.unwrap();
+    let other = open_url(&world.url, PATIENCE).await;
+    let lock = other.write().await.unwrap();
 
     let mut holds = Vec::new();
     for _ in 0..3 {
@@ -272,8 +263,8 @@ async fn without_the_ledger_requests_go_on_under_their_lease_until_the_outbox_is
 async fn without_the_ledger_a_stream_beyond_its_lease_ends_at_a_token() {
     let world = World::patient(100_000, limits(), Duration::ZERO).await;
     let mut hold = world.billing.admit(request(10, 100)).await.unwrap();
-    let other = pool(&world.dir.path().join("ledger.db"), PATIENCE).await;
-    let lock = other.begin_with("BEGIN IMMEDIATE").await.unwrap();
+    let other = open_url(&world.url, PATIENCE).await;
+    let lock = other.write().await.unwrap();
     hold.extend(8).await;
     assert_eq!((hold.granted_output_tokens(), hold.is_final()), (4, true));
     let refused = world.billing.admit(request(10, 4)).await;
@@ -284,7 +275,6 @@ async fn without_the_ledger_a_stream_beyond_its_lease_ends_at_a_token() {
     world.assert_clean().await;
 }
 
-#[tokio::test]
 async fn a_second_bill_for_one_request_is_kept_and_not_charged() {
     let world = World::new(1_000).await;
     let first = request(10, 4);
@@ -300,7 +290,6 @@ async fn a_second_bill_for_one_request_is_kept_and_not_charged() {
     assert_eq!(world.billing.balance(&account()).await.unwrap().leased, Money::ZERO);
 }
 
-#[tokio::test]
 async fn a_postpaid_account_spends_its_limit_and_no_more() {
     let world = World::new(0).await;
     let later = AccountId::new("later");
@@ -320,7 +309,6 @@ async fn a_postpaid_account_spends_its_limit_and_no_more() {
     world.assert_clean().await;
 }
 
-#[tokio::test]
 async fn a_grant_counts_once_and_only_as_it_was_made() {
     let world = World::new(0).await;
     let grant = CreditGrant {
@@ -347,8 +335,8 @@ async fn one_server_owns_the_outbox_and_anyone_may_read_the_books() {
     let second = open(&world.database, world.dir.path().join("outbox.db"), limits(), &world.elapsed_s).await;
     assert!(matches!(second, Err(BillingError::Outbox { .. })), "{second:?}");
 
-    let lock = world.database.begin_with("BEGIN IMMEDIATE").await.unwrap();
-    let books = Books::open(pool(&world.dir.path().join("ledger.db"), PATIENCE).await).await.unwrap();
+    let lock = world.database.write().await.unwrap();
+    let books = Books::open(open_url(&world.url, PATIENCE).await).await.unwrap();
     assert_eq!(books.balance(&account()).await.unwrap().posted, pico(1_000));
     assert!(books.usage(&UsageQuery::default()).await.unwrap().is_empty());
     assert!(books.audit().await.unwrap().is_clean());
@@ -356,18 +344,38 @@ async fn one_server_owns_the_outbox_and_anyone_may_read_the_books() {
     assert_eq!(world.posted().await, 1_000 - 10 * INPUT - 4 * OUTPUT);
 }
 
-#[tokio::test]
 async fn a_database_that_could_lose_a_commit_is_refused() {
-    let options = sqlx::sqlite::SqliteConnectOptions::new()
-        .in_memory(true)
-        .synchronous(sqlx::sqlite::SqliteSynchronous::Normal);
-    let database =
-        sqlx::sqlite::SqlitePoolOptions::new().max_connections(1).connect_with(options).await.unwrap();
-    let refused = Books::open(database).await;
-    assert!(matches!(refused, Err(BillingError::NotDurable { pragma: "synchronous", .. })), "{refused:?}");
+    let world = World::new(0).await;
+    let name = world.database.name().rsplit('/').next().unwrap().to_owned();
+    run(&world.database, &format!("ALTER DATABASE {name} SET synchronous_commit = off")).await.unwrap();
+    let refused = Database::open(&world.url, &DatabaseOptions::default()).await;
+    assert!(
+        matches!(refused, Err(DatabaseError::NotDurable { setting: "synchronous_commit", .. })),
+        "{refused:?}"
+    );
 }
 
 #[tokio::test]
+async fn postgres_that_could_lose_a_commit_is_refused() {
+    KIND.scope(Kind::Postgres, a_database_that_could_lose_a_commit_is_refused()).await;
+}
+
+async fn what_postgres_cannot_store_in_a_text_is_left_out() {
+    let world = World::new(10_000).await;
+    for user in ["nul\0", "tab\t, line\r\n, slash\\N", "\u{1F600}"] {
+        for _ in 0..9 {
+            let request = AdmitRequest { user: user.into(), ..request(10, 4) };
+            world.billing.admit(request).await.unwrap().settle(outcome(10, 0, 4)).await.unwrap();
+        }
+    }
+    assert_eq!(world.posted().await, 10_000 - 27 * (10 * INPUT + 4 * OUTPUT));
+    let users = "SELECT DISTINCT end_user FROM usage_events ORDER BY end_user";
+    let users: Vec<(String,)> = world.database.read().await.unwrap().fetch_all(users, &[]).await.unwrap();
+    let users: Vec<_> = users.iter().map(|(user,)| user.as_str()).collect();
+    assert_eq!(users, ["nul", "tab\t, line\r\n, slash\\N", "\u{1F600}"]);
+    world.assert_clean().await;
+}
+
 async fn after_close_nothing_is_admitted_and_an_open_hold_expires() {
     let world = World::new(1_000).await;
     let hold = world.billing.admit(request(10, 4)).await.unwrap();
@@ -380,4 +388,21 @@ async fn after_close_nothing_is_admitted_and_an_open_hold_expires() {
     world.assert_clean().await;
     let world = world.crash().await;
     assert_eq!(world.billing.balance(&account()).await.unwrap().available, pico(1_000));
+}
+
+on_both! {
+    a_request_is_billed_from_hold_to_rollup,
+    generation_ends_at_exactly_the_token_that_is_still_paid,
+    who_cannot_pay_one_token_is_refused,
+    a_model_without_a_price_is_refused_and_a_free_one_needs_no_credit,
+    the_price_is_pinned_at_admission,
+    tokens_beyond_the_hold_are_never_billed,
+    void_and_drop_give_the_whole_hold_back,
+    bills_share_a_commit,
+    a_settle_that_nobody_waits_for_is_still_a_bill,
+    a_second_bill_for_one_request_is_kept_and_not_charged,
+    a_postpaid_account_spends_its_limit_and_no_more,
+    a_grant_counts_once_and_only_as_it_was_made,
+    after_close_nothing_is_admitted_and_an_open_hold_expires,
+    what_postgres_cannot_store_in_a_text_is_left_out,
 }

@@ -1,6 +1,7 @@
 //! Money from outside: real files, the public face, and the database that an auditor would open.
 
 mod audit;
+mod budgets;
 mod crash;
 mod history;
 mod lifecycle;

@@ -36,7 +36,6 @@ async fn world(credit: i64) -> World {
     world
 }
 
-#[tokio::test]
 async fn a_service_tier_has_its_own_prices_or_is_refused_by_name() {
     let world = world(1_000).await;
     let batch = AdmitRequest { service_tier: ServiceTier::Batch, ..request(10, 4) };
@@ -48,7 +47,6 @@ async fn a_service_tier_has_its_own_prices_or_is_refused_by_name() {
     assert_eq!(refused.to_string(), "there is no priority price for the model m");
 }
 
-#[tokio::test]
 async fn a_package_that_is_begun_covers_its_tokens_and_stops_at_its_end() {
     // A request is 2, a prompt token 3; then money for two packages of 10 tokens, and not for a third.
     let world = world(2 + 3 + 2 * 50 + 49).await;
@@ -65,7 +63,6 @@ async fn a_package_that_is_begun_covers_its_tokens_and_stops_at_its_end() {
     assert_eq!(world.posted().await, 49);
 }
 
-#[tokio::test]
 async fn a_contract_is_held_and_billed_by_its_own_prices() {
     let world = world(1_000).await;
     let beta = AccountId::new("beta");
@@ -79,7 +76,6 @@ async fn a_contract_is_held_and_billed_by_its_own_prices() {
     assert_eq!(event.cost, amount);
 }
 
-#[tokio::test]
 async fn what_is_no_chat_is_held_and_billed_by_what_it_uses() {
     let world = world(1_000).await;
     let embed = AdmitRequest { model: "embed".into(), ..request(10, 0) };
@@ -96,9 +92,8 @@ async fn what_is_no_chat_is_held_and_billed_by_what_it_uses() {
     assert_eq!((event.quantities.images, event.cost), (2, pico(14)));
 }
 
-#[tokio::test]
 async fn a_running_gateway_takes_up_a_book_that_another_process_applied() {
-    let world = World::with(1_000, BillingLimits { price_poll: Duration::from_millis(1), ..limits() }).await;
+    let world = World::with(1_000, BillingLimits { refresh: Duration::from_millis(1), ..limits() }).await;
     // Nothing is shipped here, which would be another occasion to look for books.
     let elsewhere = Books::open(world.database.clone()).await.unwrap();
     let book = PriceBook::from_toml(MORE).unwrap();
@@ -109,6 +104,14 @@ async fn a_running_gateway_takes_up_a_book_that_another_process_applied() {
     }
     let event = world.billing.admit(request(10, 4)).await.unwrap().settle(outcome(10, 0, 4)).await.unwrap();
     assert_eq!(&event.price_book, book.hash());
+}
+
+on_both! {
+    a_service_tier_has_its_own_prices_or_is_refused_by_name,
+    a_package_that_is_begun_covers_its_tokens_and_stops_at_its_end,
+    a_contract_is_held_and_billed_by_its_own_prices,
+    what_is_no_chat_is_held_and_billed_by_what_it_uses,
+    a_running_gateway_takes_up_a_book_that_another_process_applied,
 }
 
 /// A book of one model, every price random; tiers, packages and contracts among them.
@@ -125,6 +128,7 @@ fn random_book() -> impl Strategy<Value = String> {
                 format!("scheme = \"{scheme}\", tiers = [{{ up_to = {up_to}, {low} }}, {{ {high} }}]")
             }),
         ]
+        .boxed()
     };
     let rows = |account: &'static str| {
         (price(), price(), price(), proptest::option::of(price()), proptest::option::of(price())).prop_map(

@@ -1,4 +1,4 @@
-//! A world: one gateway's billing over real files in a temporary folder.
+//! A world: one gateway's billing over real files in a temporary folder, and a real database: SQLite or PostgreSQL.
 
 use std::{
     path::{Path, PathBuf},
@@ -11,11 +11,8 @@ use std::{
 
 use sluice_billing::{
     AccountId, AccountKind, AdmitRequest, Audit, Billing, BillingError, BillingLimits, BillingOptions, Clock,
-    CreditGrant, FinishReason, Media, Money, Outcome, PriceBook, RequestId, ServiceTier,
-};
-use sqlx::{
-    SqlitePool,
-    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
+    CreditGrant, Database, DatabaseOptions, FinishReason, Media, Money, Outcome, PriceBook, Raw, RequestId,
+    ServiceTier,
 };
 use tempfile::TempDir;
 use time::{OffsetDateTime, macros::datetime};
@@ -46,13 +43,15 @@ pub fn limits() -> BillingLimits {
         hold_output_tokens: 4,
         lease_slice: Money::ZERO,
         ship_linger: Duration::from_secs(3600),
+        refresh: Duration::from_secs(3600),
         ..BillingLimits::default()
     }
 }
 
 pub struct World {
     pub dir: TempDir,
-    pub database: SqlitePool,
+    pub database: Database,
+    pub url: String,
     pub billing: Billing,
     pub limits: BillingLimits,
     /// Seconds since START.
@@ -70,15 +69,72 @@ pub fn pico(amount: i64) -> Money {
 /// How long a connection waits for another writer, where a test is not about waiting.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
-pub async fn pool(path: &Path, patience: Duration) -> SqlitePool {
-    let options = SqliteConnectOptions::new()
-        .filename(path)
-        .create_if_missing(true)
-        .journal_mode(SqliteJournalMode::Wal)
-        .synchronous(SqliteSynchronous::Full)
-        .busy_timeout(patience)
-        .foreign_keys(true);
-    SqlitePoolOptions::new().max_connections(4).connect_with(options).await.expect("the database opens")
+/// Where a world keeps its books.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Sqlite,
+    Postgres,
+}
+
+tokio::task_local! {
+    pub static KIND: Kind;
+}
+
+/// Makes two tests of each function: one with SQLite, one with PostgreSQL.
+macro_rules! on_both {
+    ($($name:ident),* $(,)?) => {
+        mod sqlite {
+            $(#[tokio::test]
+            async fn $name() {
+                $crate::support::KIND.scope($crate::support::Kind::Sqlite, super::$name()).await;
+            })*
+        }
+        mod postgres {
+            $(#[tokio::test]
+            async fn $name() {
+                $crate::support::KIND.scope($crate::support::Kind::Postgres, super::$name()).await;
+            })*
+        }
+    };
+}
+pub(crate) use on_both;
+
+pub fn kind() -> Kind {
+    KIND.try_with(|kind| *kind).unwrap_or(Kind::Sqlite)
+}
+
+pub fn file_url(path: &Path) -> String {
+    format!("sqlite:{}", path.display())
+}
+
+pub async fn open_url(url: &str, patience: Duration) -> Database {
+    let options = DatabaseOptions { connections_max: 4, wait_max: patience, create: true };
+    Database::open(url, &options).await.expect("the database opens")
+}
+
+/// The file, or an empty database on the server that SLUICE_TEST_POSTGRES names.
+async fn new_url(dir: &TempDir) -> String {
+    if kind() == Kind::Sqlite {
+        return file_url(&dir.path().join("ledger.db"));
+    }
+    let server = std::env::var("SLUICE_TEST_POSTGRES").expect(
+        "SLUICE_TEST_POSTGRES names a PostgreSQL server: run ./tests/run, which starts one, or `tests/postgres start DIR`",
+    );
+    let name = format!("t{}", Uuid::now_v7().simple());
+    let admin = open_url(&server, PATIENCE).await;
+    run(&admin, &format!("CREATE DATABASE {name}")).await.expect("a database");
+    admin.close().await.expect("closed");
+    server.replacen("/postgres?", &format!("/{name}?"), 1)
+}
+
+/// Runs a statement that is put together here, and returns how many rows it changed.
+pub async fn run(database: &Database, sql: &str) -> Result<u64, sqlx::Error> {
+    let mut conn = database.read().await?;
+    let sql = sqlx::AssertSqlSafe(sql.to_owned());
+    Ok(match conn.raw() {
+        Raw::Sqlite(conn) => sqlx::raw_sql(sql).execute(conn).await?.rows_affected(),
+        Raw::Postgres(conn) => sqlx::raw_sql(sql).execute(conn).await?.rows_affected(),
+    })
 }
 
 pub fn request(input_tokens: u64, output_tokens_max: u64) -> AdmitRequest {
@@ -120,7 +176,8 @@ impl World {
 
     pub async fn patient(credit: i64, limits: BillingLimits, patience: Duration) -> World {
         let dir = TempDir::new().expect("a temporary folder");
-        let world = World::open_with(dir, limits, patience).await.expect("billing opens");
+        let url = new_url(&dir).await;
+        let world = World::open_with(dir, url, limits, patience).await.expect("billing opens");
         let book = PriceBook::from_toml(PRICES).expect("the prices are valid");
         world.billing.apply_price_book(&book).await.expect("prices apply");
         world.billing.create_account(&account(), AccountKind::Prepaid).await.expect("the account is new");
@@ -135,19 +192,21 @@ impl World {
     }
 
     pub async fn open_in(dir: TempDir, limits: BillingLimits) -> Result<World, BillingError> {
-        World::open_with(dir, limits, PATIENCE).await
+        let url = file_url(&dir.path().join("ledger.db"));
+        World::open_with(dir, url, limits, PATIENCE).await
     }
 
     async fn open_with(
         dir: TempDir,
+        url: String,
         limits: BillingLimits,
         patience: Duration,
     ) -> Result<World, BillingError> {
-        let database = pool(&dir.path().join("ledger.db"), patience).await;
+        let database = open_url(&url, patience).await;
         let elapsed_s = Arc::new(AtomicI64::new(0));
         let outbox = dir.path().join("outbox.db");
         let billing = open(&database, outbox, limits.clone(), &elapsed_s).await?;
-        Ok(World { dir, database, billing, limits, elapsed_s })
+        Ok(World { dir, url, database, billing, limits, elapsed_s })
     }
 
     pub async fn credit(&self, amount: i64) {
@@ -164,15 +223,33 @@ impl World {
     /// The files as a power cut would leave them now.
     pub fn image(&self) -> TempDir {
         let image = TempDir::new().expect("a temporary folder");
-        copy(self.dir.path(), image.path(), "ledger.db");
+        if self.database.path().is_some() {
+            copy(self.dir.path(), image.path(), "ledger.db");
+        }
         copy(self.dir.path(), image.path(), "outbox.db");
         image
     }
 
-    /// The power is cut, and the server starts again.
+    /// The power is cut, and the server starts again. PostgreSQL is on another machine, and goes on.
     pub async fn crash(self) -> World {
         let image = self.image();
-        World::open_in(image, self.limits.clone()).await.expect("billing recovers")
+        self.reopen(image).await
+    }
+
+    /// An orderly end, and a new start.
+    pub async fn restart(self) -> World {
+        let World { dir, url, database, limits, .. } = self;
+        database.close().await.expect("the database closes");
+        World::open_with(dir, url, limits, PATIENCE).await.expect("billing opens again")
+    }
+
+    /// Starts again with the files in `image`.
+    pub async fn reopen(self, image: TempDir) -> World {
+        let url = match self.database.path() {
+            Some(_) => file_url(&image.path().join("ledger.db")),
+            None => self.url.clone(),
+        };
+        World::open_with(image, url, self.limits.clone(), PATIENCE).await.expect("billing recovers")
     }
 
     pub async fn audit(&self) -> Audit {
@@ -195,7 +272,7 @@ impl World {
 }
 
 pub async fn open(
-    database: &SqlitePool,
+    database: &Database,
     outbox_path: PathBuf,
     limits: BillingLimits,
     elapsed_s: &Arc<AtomicI64>,

@@ -1,7 +1,8 @@
 //! Organisations, projects and keys as they are stored.
 
 use sha2::{Digest, Sha256};
-use sqlx::{Row, SqlitePool, sqlite::SqliteRow};
+use sluice_billing::{BudgetScope, Conn, Database, args};
+use sqlx::FromRow;
 use time::OffsetDateTime;
 
 use super::Role;
@@ -80,111 +81,151 @@ pub struct NewKey {
 /// Creates, lists and revokes.
 #[derive(Clone)]
 pub struct Tenancy {
-    database: SqlitePool,
+    database: Database,
 }
 
 impl Tenancy {
-    pub fn new(database: SqlitePool) -> Tenancy {
+    pub fn new(database: Database) -> Tenancy {
         Tenancy { database }
     }
 
     /// Creates the organisation unless it exists.
     pub async fn ensure_org(&self, id: &str, name: &str, account_id: &str) -> Result<(), sqlx::Error> {
-        sqlx::query(
-            "INSERT INTO orgs (id, name, account_id, created_s) VALUES (?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
-        )
-        .bind(id)
-        .bind(name)
-        .bind(account_id)
-        .bind(now_s())
-        .execute(&self.database)
-        .await
-        .map(drop)
+        self.conn()
+            .await?
+            .execute(
+                "INSERT INTO orgs (id, name, account_id, created_s) VALUES ($1, $2, $3, $4) ON CONFLICT (id) DO NOTHING",
+                args![id, name, account_id, now_s()],
+            )
+            .await
+            .map(drop)
     }
 
     /// Creates the project unless it exists.
     pub async fn ensure_project(&self, id: &str, org_id: &str, name: &str) -> Result<(), sqlx::Error> {
-        sqlx::query(
-            "INSERT INTO projects (id, org_id, name, created_s) VALUES (?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
-        )
-        .bind(id)
-        .bind(org_id)
-        .bind(name)
-        .bind(now_s())
-        .execute(&self.database)
-        .await
-        .map(drop)
+        self.conn()
+            .await?
+            .execute(
+                "INSERT INTO projects (id, org_id, name, created_s) VALUES ($1, $2, $3, $4) \
+                 ON CONFLICT (id) DO NOTHING",
+                args![id, org_id, name, now_s()],
+            )
+            .await
+            .map(drop)
     }
 
     /// The account that pays for a project; `None` where there is no such project.
     pub async fn account_of_project(&self, project_id: &str) -> Result<Option<String>, sqlx::Error> {
-        sqlx::query_scalar(
-            "SELECT o.account_id FROM projects p JOIN orgs o ON o.id = p.org_id WHERE p.id = ?",
-        )
-        .bind(project_id)
-        .fetch_optional(&self.database)
-        .await
+        let account: Option<(String,)> = self
+            .conn()
+            .await?
+            .fetch_optional(
+                "SELECT o.account_id FROM projects p JOIN orgs o ON o.id = p.org_id WHERE p.id = $1",
+                args![project_id],
+            )
+            .await?;
+        Ok(account.map(|(account,)| account))
+    }
+
+    /// The organisation that a scope of spending belongs to; `None` where there is no such scope.
+    pub async fn org_of(&self, scope: BudgetScope, id: &str) -> Result<Option<String>, sqlx::Error> {
+        let statement = match scope {
+            BudgetScope::Org => "SELECT id FROM orgs WHERE id = $1",
+            BudgetScope::Project => "SELECT org_id FROM projects WHERE id = $1",
+            BudgetScope::Key => {
+                "SELECT p.org_id FROM api_keys k JOIN projects p ON p.id = k.project_id WHERE k.id = $1"
+            }
+        };
+        let org: Option<(String,)> = self.conn().await?.fetch_optional(statement, args![id]).await?;
+        Ok(org.map(|(org,)| org))
     }
 
     /// `RowNotFound` where the project does not exist.
     pub async fn create_key(&self, project_id: &str, name: &str, role: Role) -> Result<NewKey, sqlx::Error> {
         let secret = Key::generate(role);
         let id = format!("key-{}", uuid::Uuid::now_v7().simple());
-        let row = sqlx::query(
-            "INSERT INTO api_keys (id, project_id, name, role, hash, redacted, created_s)
-             SELECT ?, id, ?, ?, ?, ?, ? FROM projects WHERE id = ?
-             RETURNING *, (SELECT org_id FROM projects WHERE id = project_id) AS org_id",
-        )
-        .bind(&id)
-        .bind(name)
-        .bind(role.as_str())
-        .bind(secret.hash().as_slice())
-        .bind(secret.redacted())
-        .bind(now_s())
-        .bind(project_id)
-        .fetch_one(&self.database)
-        .await?;
-        Ok(NewKey { key: api_key(&row)?, secret })
+        let row: KeyRow = self
+            .conn()
+            .await?
+            .fetch_one(
+                "INSERT INTO api_keys (id, project_id, name, role, hash, redacted, created_s) \
+                 SELECT $1, id, $2, $3, $4, $5, $6 FROM projects WHERE id = $7 \
+                 RETURNING id, name, role, project_id, (SELECT org_id FROM projects WHERE projects.id = project_id) \
+                 AS org_id, redacted, created_s, revoked_s",
+                args![
+                    &id,
+                    name,
+                    role.as_str(),
+                    secret.hash().as_slice(),
+                    &secret.redacted(),
+                    now_s(),
+                    project_id
+                ],
+            )
+            .await?;
+        Ok(NewKey { key: row.into_key(), secret })
     }
 
     /// Newest first, revoked ones among them.
     pub async fn keys(&self) -> Result<Vec<ApiKey>, sqlx::Error> {
-        sqlx::query(
-            "SELECT k.*, p.org_id FROM api_keys k JOIN projects p ON p.id = k.project_id ORDER BY k.id DESC",
-        )
-        .fetch_all(&self.database)
-        .await?
-        .iter()
-        .map(api_key)
-        .collect()
+        let rows: Vec<KeyRow> = self
+            .conn()
+            .await?
+            .fetch_all(
+                "SELECT k.id, k.name, k.role, k.project_id, p.org_id, k.redacted, k.created_s, k.revoked_s \
+                 FROM api_keys k JOIN projects p ON p.id = k.project_id ORDER BY k.id DESC",
+                args![],
+            )
+            .await?;
+        Ok(rows.into_iter().map(KeyRow::into_key).collect())
     }
 
     /// Revokes by id; a second time changes nothing. `None` where there is no such key.
     pub async fn revoke_key(&self, id: &str) -> Result<Option<ApiKey>, sqlx::Error> {
-        let row = sqlx::query(
-            "UPDATE api_keys SET revoked_s = coalesce(revoked_s, ?) WHERE id = ?
-             RETURNING *, (SELECT org_id FROM projects WHERE id = project_id) AS org_id",
-        )
-        .bind(now_s())
-        .bind(id)
-        .fetch_optional(&self.database)
-        .await?;
-        row.as_ref().map(api_key).transpose()
+        let row: Option<KeyRow> = self
+            .conn()
+            .await?
+            .fetch_optional(
+                "UPDATE api_keys SET revoked_s = coalesce(revoked_s, $1) WHERE id = $2 \
+                 RETURNING id, name, role, project_id, (SELECT org_id FROM projects WHERE projects.id = project_id) \
+                 AS org_id, redacted, created_s, revoked_s",
+                args![now_s(), id],
+            )
+            .await?;
+        Ok(row.map(KeyRow::into_key))
+    }
+
+    async fn conn(&self) -> Result<Conn, sqlx::Error> {
+        self.database.read().await
     }
 }
 
-fn api_key(row: &SqliteRow) -> Result<ApiKey, sqlx::Error> {
-    let role = Role::parse(row.try_get("role")?).expect("the table's CHECK admits known roles only");
-    Ok(ApiKey {
-        id: row.try_get("id")?,
-        name: row.try_get("name")?,
-        role: role.as_str(),
-        project_id: row.try_get("project_id")?,
-        org_id: row.try_get("org_id")?,
-        redacted: row.try_get("redacted")?,
-        created_s: row.try_get("created_s")?,
-        revoked_s: row.try_get("revoked_s")?,
-    })
+#[derive(FromRow)]
+struct KeyRow {
+    id: String,
+    name: String,
+    role: String,
+    project_id: String,
+    org_id: String,
+    redacted: String,
+    created_s: i64,
+    revoked_s: Option<i64>,
+}
+
+impl KeyRow {
+    fn into_key(self) -> ApiKey {
+        let role = Role::parse(&self.role).expect("the table's CHECK admits known roles only");
+        ApiKey {
+            id: self.id,
+            name: self.name,
+            role: role.as_str(),
+            project_id: self.project_id,
+            org_id: self.org_id,
+            redacted: self.redacted,
+            created_s: self.created_s,
+            revoked_s: self.revoked_s,
+        }
+    }
 }
 
 fn now_s() -> i64 {

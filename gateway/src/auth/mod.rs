@@ -2,21 +2,33 @@
 //!
 //! Keys are random, shown once, and stored as SHA-256 hashes; what is looked up and compared is the hash, so
 //! neither the database nor the time an answer takes tells anything of a key. Answers, "no such key" among
-//! them, are kept for [`CACHE_TTL`]: a revocation is in force within that time.
+//! them, are kept for [`CACHE_TTL`]: a revocation is in force within that time. While the database does not answer, what it
+//! said last is trusted for [`STALE_MAX`]: requests that a lease covers go on.
 //!
 //! This module alone names the tables `orgs`, `projects` and `api_keys` in SQL.
 
 mod keys;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
 use http::{HeaderMap, header};
-use sqlx::{Row, SqlitePool};
+use sluice_billing::{Database, args};
+use sqlx::FromRow;
 
 pub use keys::{ApiKey, Key, NewKey, Tenancy};
 
 /// How long a look-up is trusted, and so the longest a revoked key still works.
 pub const CACHE_TTL: Duration = Duration::from_millis(500);
+/// How long the last look-up is trusted while the database does not answer.
+pub const STALE_MAX: Duration = Duration::from_secs(300);
+/// How long a caller that was seen before waits for a look-up.
+const LOOK_UP_WAIT: Duration = Duration::from_secs(1);
 /// Look-ups kept; the least recently used leave first.
 const CACHE_ENTRIES_MAX: u64 = 100_000;
 
@@ -76,60 +88,117 @@ enum Known {
     Nobody,
 }
 
+/// What the database said of a key, and when.
+#[derive(Clone)]
+struct Seen {
+    known: Known,
+    at: Instant,
+}
+
 /// Checks keys against the database, through a short cache.
 #[derive(Clone)]
-pub struct Auth {
-    database: SqlitePool,
-    cache: moka::sync::Cache<[u8; 32], Known>,
+pub struct Auth(Arc<Shared>);
+
+struct Shared {
+    database: Database,
+    cache: moka::sync::Cache<[u8; 32], Seen>,
+    /// The last look-up failed: keys seen before are trusted meanwhile, and one look-up at a time tries again.
+    is_down: AtomicBool,
+    probing: tokio::sync::Mutex<()>,
 }
 
 impl Auth {
-    pub fn new(database: SqlitePool) -> Auth {
+    pub fn new(database: Database) -> Auth {
         let cache =
-            moka::sync::Cache::builder().max_capacity(CACHE_ENTRIES_MAX).time_to_live(CACHE_TTL).build();
-        Auth { database, cache }
+            moka::sync::Cache::builder().max_capacity(CACHE_ENTRIES_MAX).time_to_live(STALE_MAX).build();
+        let (is_down, probing) = (AtomicBool::new(false), tokio::sync::Mutex::default());
+        Auth(Arc::new(Shared { database, cache, is_down, probing }))
     }
 
     /// Reads headers only. Cancel safe: a dropped call leaves nothing behind.
     pub async fn authenticate(&self, headers: &HeaderMap) -> Result<Arc<Principal>, AuthError> {
         let key = bearer(headers)?;
-        let hash = key.hash();
-        let known = match self.cache.get(&hash) {
-            Some(known) => known,
-            None => {
-                let known = self.look_up(&hash).await.map_err(|e| AuthError::Unavailable(Arc::new(e)))?;
-                self.cache.insert(hash, known.clone());
-                known
-            }
-        };
-        match known {
+        match self.known(key.hash()).await.map_err(|error| AuthError::Unavailable(Arc::new(error)))? {
             Known::Caller(principal) => Ok(principal),
             Known::Revoked => Err(AuthError::Revoked { redacted: key.redacted() }),
             Known::Nobody => Err(AuthError::Unknown { redacted: key.redacted() }),
         }
     }
 
-    async fn look_up(&self, hash: &[u8; 32]) -> Result<Known, sqlx::Error> {
-        let row = sqlx::query(
-            "SELECT k.id, k.project_id, k.role, k.revoked_s, p.org_id, o.account_id
-             FROM api_keys k JOIN projects p ON p.id = k.project_id JOIN orgs o ON o.id = p.org_id
-             WHERE k.hash = ?",
-        )
-        .bind(hash.as_slice())
-        .fetch_optional(&self.database)
-        .await?;
-        let Some(row) = row else { return Ok(Known::Nobody) };
-        if row.try_get::<Option<i64>, _>("revoked_s")?.is_some() {
-            return Ok(Known::Revoked);
+    async fn known(&self, hash: [u8; 32]) -> Result<Known, sqlx::Error> {
+        let shared = &self.0;
+        let seen = match shared.cache.get(&hash) {
+            Some(seen) if seen.at.elapsed() < CACHE_TTL => return Ok(seen.known),
+            Some(seen) => seen,
+            None => return shared.look_up(hash).await,
+        };
+        if shared.is_down.load(Ordering::Relaxed) {
+            let shared = shared.clone();
+            tokio::spawn(async move {
+                if let Ok(_probing) = shared.probing.try_lock() {
+                    let _ = shared.look_up(hash).await;
+                }
+            });
+            return Ok(seen.known);
         }
-        let role = Role::parse(row.try_get("role")?).expect("the table's CHECK admits known roles only");
-        Ok(Known::Caller(Arc::new(Principal {
-            key_id: row.try_get("id")?,
-            project_id: row.try_get("project_id")?,
-            org_id: row.try_get("org_id")?,
-            account_id: row.try_get("account_id")?,
-            role,
-        })))
+        match tokio::time::timeout(LOOK_UP_WAIT, shared.look_up(hash)).await {
+            Ok(Ok(known)) => Ok(known),
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "keys cannot be checked; those seen lately are trusted for now");
+                shared.is_down.store(true, Ordering::Relaxed);
+                Ok(seen.known)
+            }
+            Err(_) => {
+                tracing::warn!("the database is slow to check keys; those seen lately are trusted for now");
+                shared.is_down.store(true, Ordering::Relaxed);
+                Ok(seen.known)
+            }
+        }
+    }
+}
+
+impl Shared {
+    async fn look_up(&self, hash: [u8; 32]) -> Result<Known, sqlx::Error> {
+        let row: Option<PrincipalRow> = self
+            .database
+            .read()
+            .await?
+            .fetch_optional(
+                "SELECT k.id, k.project_id, k.role, k.revoked_s, p.org_id, o.account_id \
+                 FROM api_keys k JOIN projects p ON p.id = k.project_id JOIN orgs o ON o.id = p.org_id \
+                 WHERE k.hash = $1",
+                args![hash.as_slice()],
+            )
+            .await?;
+        let known = row.map_or(Known::Nobody, PrincipalRow::into_known);
+        self.cache.insert(hash, Seen { known: known.clone(), at: Instant::now() });
+        self.is_down.store(false, Ordering::Relaxed);
+        Ok(known)
+    }
+}
+
+#[derive(FromRow)]
+struct PrincipalRow {
+    id: String,
+    project_id: String,
+    role: String,
+    revoked_s: Option<i64>,
+    org_id: String,
+    account_id: String,
+}
+
+impl PrincipalRow {
+    fn into_known(self) -> Known {
+        if self.revoked_s.is_some() {
+            return Known::Revoked;
+        }
+        Known::Caller(Arc::new(Principal {
+            key_id: self.id,
+            project_id: self.project_id,
+            org_id: self.org_id,
+            account_id: self.account_id,
+            role: Role::parse(&self.role).expect("the table's CHECK admits known roles only"),
+        }))
     }
 }
 
@@ -163,6 +232,11 @@ mod tests {
         assert_eq!(got, expect, "for {authorization:?}");
     }
 
+    async fn database(folder: &std::path::Path) -> Database {
+        let config = crate::config::Config { data_dir: folder.to_owned(), ..Default::default() };
+        crate::store::open(&config, true).await.expect("a database")
+    }
+
     #[test]
     fn reads_one_bearer_key_and_nothing_else() {
         check(&["Bearer sk-sluice-0123456789abcdef"], "sk-sluice-…cdef");
@@ -178,7 +252,7 @@ mod tests {
     #[tokio::test]
     async fn a_revoked_key_is_refused_after_the_cache_forgets_it() {
         let folder = tempfile::tempdir().expect("a folder");
-        let database = crate::store::open(&folder.path().join("t.db"), true).await.expect("a database");
+        let database = database(folder.path()).await;
         let tenancy = Tenancy::new(database.clone());
         tenancy.ensure_org("org-1", "Org", "acct-1").await.expect("an org");
         tenancy.ensure_project("proj-1", "org-1", "Project").await.expect("a project");
@@ -194,7 +268,7 @@ mod tests {
         assert_eq!((principal.account_id.as_str(), principal.role), ("acct-1", Role::User));
 
         assert!(tenancy.revoke_key(&made.key.id).await.expect("revoked").is_some());
-        auth.cache.invalidate_all();
+        auth.0.cache.invalidate_all();
         assert!(matches!(auth.authenticate(&headers).await, Err(AuthError::Revoked { .. })));
 
         headers.insert(header::AUTHORIZATION, "Bearer sk-sluice-guessed".parse().expect("value"));
@@ -204,13 +278,12 @@ mod tests {
     #[tokio::test]
     async fn no_key_is_found_in_the_database_file() {
         let folder = tempfile::tempdir().expect("a folder");
-        let path = folder.path().join("t.db");
-        let database = crate::store::open(&path, true).await.expect("a database");
+        let database = database(folder.path()).await;
         let tenancy = Tenancy::new(database.clone());
         tenancy.ensure_org("org-1", "Org", "acct-1").await.expect("an org");
         tenancy.ensure_project("proj-1", "org-1", "Project").await.expect("a project");
         let made = tenancy.create_key("proj-1", "k", Role::Admin).await.expect("a key");
-        database.close().await;
+        database.close().await.expect("closed");
 
         let needle = made.secret.reveal().as_bytes();
         for entry in std::fs::read_dir(folder.path()).expect("the folder") {

@@ -1,6 +1,7 @@
 //! The command line. `sluice --help` teaches; every command takes `--json` for scripts: results on stdout, logs
 //! and errors on stderr.
 
+mod budgets;
 mod keys;
 mod money;
 mod prices;
@@ -13,7 +14,7 @@ use std::{
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use serde::Serialize;
-use sqlx::SqlitePool;
+use sluice_billing::{Books, Database};
 
 use crate::{config::Config, store, up};
 
@@ -52,6 +53,10 @@ enum Command {
     Prices(prices::PricesArgs),
     /// Add prepaid credit to an account.
     Credit(money::CreditArgs),
+    /// Limit what an organisation, a project or a key spends in a day, a month or altogether.
+    Budgets(budgets::BudgetsArgs),
+    /// Bring the database up to date with this version. `sluice up` does it by itself.
+    Migrate(MigrateArgs),
     /// Check the books: every transaction, line, rollup and balance. Fails if one does not hold.
     Audit(money::AuditArgs),
 }
@@ -75,6 +80,18 @@ pub struct ConfigArgs {
     /// Folder for database, outbox and first keys [default: ~/.local/share/sluice].
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
+    /// postgres://USER:PASSWORD@HOST/DATABASE, or sqlite:PATH [default: ledger.db in the data folder]. Prefer the environment
+    /// (SLUICE_DATABASE_URL) or the file: other users of this machine can see the flags of a program.
+    #[arg(long, value_name = "URL")]
+    database_url: Option<String>,
+}
+
+#[derive(Debug, Args)]
+struct MigrateArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -108,6 +125,8 @@ struct Flags {
     listen: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     data_dir: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    database_url: Option<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     nodes: Vec<String>,
     #[serde(skip_serializing_if = "NodeFlags::is_empty")]
@@ -138,6 +157,7 @@ impl Cli {
                 let flags = Flags {
                     listen: args.listen,
                     data_dir: args.config.data_dir,
+                    database_url: args.config.database_url,
                     nodes: args.node,
                     node: NodeFlags { model: args.model, dtype: args.dtype, threads: args.threads },
                 };
@@ -149,6 +169,8 @@ impl Cli {
             Command::Balance(args) => args.run().await,
             Command::Prices(args) => args.run().await,
             Command::Credit(args) => args.run().await,
+            Command::Budgets(args) => args.run().await,
+            Command::Migrate(args) => args.run().await,
             Command::Audit(args) => args.run().await,
         }
     }
@@ -156,22 +178,45 @@ impl Cli {
 
 impl ConfigArgs {
     fn load(&self) -> anyhow::Result<Config> {
-        let flags = Flags { data_dir: self.data_dir.clone(), ..Flags::default() };
+        let flags = Flags {
+            data_dir: self.data_dir.clone(),
+            database_url: self.database_url.clone(),
+            ..Flags::default()
+        };
         Config::load(self.config.as_deref(), flags)
     }
 
-    /// The database of an existing data directory, for commands that work beside a running server.
-    async fn database(&self) -> anyhow::Result<(Config, SqlitePool)> {
+    /// An existing database, for commands that work beside a running server.
+    async fn database(&self) -> anyhow::Result<(Config, Database)> {
         let config = self.load()?;
-        let path = config.database_path();
-        anyhow::ensure!(
-            path.is_file(),
-            "no Sluice database at {}; start one with `sluice up --data-dir {}`, or name another folder with --data-dir",
-            path.display(),
-            config.data_dir.display()
-        );
-        let database = store::open(&path, false).await?;
+        if config.database_url.is_none() {
+            let path = config.data_dir.join("ledger.db");
+            anyhow::ensure!(
+                path.is_file(),
+                "no Sluice database at {}; start one with `sluice up --data-dir {}`, or name another folder with --data-dir",
+                path.display(),
+                config.data_dir.display()
+            );
+        }
+        let database = store::open(&config, false).await?;
         Ok((config, database))
+    }
+}
+
+impl MigrateArgs {
+    async fn run(self) -> anyhow::Result<()> {
+        let config = self.config.load()?;
+        if config.database_url.is_none() {
+            std::fs::create_dir_all(&config.data_dir)?;
+        }
+        let database = store::open(&config, true).await?;
+        let name = database.name().to_owned();
+        Books::open(database).await?;
+        if self.json {
+            return print_json(&serde_json::json!({ "database": name, "migrated": true }));
+        }
+        println!("{name} is up to date");
+        Ok(())
     }
 }
 

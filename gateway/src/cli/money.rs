@@ -197,6 +197,15 @@ fn parse_day(text: &str) -> Result<Date, String> {
         .map_err(|_| format!("{text:?} is not a day: write YYYY-MM-DD"))
 }
 
+/// An amount of dollars that is not negative.
+pub fn parse_amount(text: &str) -> Result<Money, String> {
+    match Money::from_usd_str(text) {
+        Ok(amount) if amount >= Money::ZERO => Ok(amount),
+        Ok(_) => Err("the amount must not be negative".to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
 fn parse_money(text: &str) -> Result<Money, String> {
     match Money::from_usd_str(text) {
         Ok(amount) if amount > Money::ZERO => Ok(amount),

@@ -6,8 +6,7 @@ use std::{fs, io::Write, path::Path};
 
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
-use sluice_billing::{AccountId, AccountKind, Billing, CreditGrant, Money};
-use sqlx::SqlitePool;
+use sluice_billing::{AccountId, AccountKind, Billing, CreditGrant, Database, Money};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -31,7 +30,7 @@ pub struct Credentials {
 
 /// Makes what is missing, and returns the keys to print.
 pub async fn ensure(
-    database: &SqlitePool,
+    database: &Database,
     billing: &Billing,
     credentials_path: &Path,
 ) -> anyhow::Result<Credentials> {
