@@ -9,7 +9,7 @@ use time::OffsetDateTime;
 use crate::{
     alert::{self, Change},
     budget::{self, Budget, BudgetScope, BudgetStatus},
-    catalog,
+    catalog::{self, Catalog},
     database::{Database, Migrations, Tx},
     error::BillingError,
     event::AccountId,
@@ -78,7 +78,13 @@ impl Books {
         ledger::accounts(&mut self.database.read().await?).await
     }
 
-    /// Stores a price book. A running server takes it up with the next bill that it ships.
+    /// Every price book.
+    pub async fn catalog(&self) -> Result<Catalog, BillingError> {
+        Catalog::load(&mut self.database.read().await?).await
+    }
+
+    /// Stores a price book, whatever a [`Plan`](crate::Plan) says of it. Running servers take it up within a
+    /// `refresh`.
     pub async fn apply_price_book(&self, book: &PriceBook) -> Result<PriceBookHash, BillingError> {
         let mut tx = self.write().await?;
         catalog::apply(&mut tx, book).await?;

@@ -10,12 +10,12 @@ use tokio::sync::oneshot;
 use crate::{
     Shared,
     error::SettleError,
-    event::{AdmitRequest, Outcome, Quantities, UsageEvent},
+    event::{AdmitRequest, Media, Outcome, Quantities, UsageEvent},
     fund::Fund,
     lease::{Ask, Place, Reserved, Slice},
     money::Total,
     outbox::{Append, Command},
-    price::{PriceBook, cost},
+    price::{PriceBook, Step, cost},
 };
 
 /// Why a request ended without a bill.
@@ -80,10 +80,8 @@ impl Hold {
         if self.is_final() || target <= self.granted {
             return;
         }
-        let prices =
-            self.book.model(&self.request.model).expect("the pinned book has the model it was pinned for");
-        let units_max = target - self.granted;
-        let ask = Ask { fixed: Total::ZERO, unit: prices.output.per_unit, units_min: 0, units_max };
+        let (step, units_before, units_max) = (self.token_step(), self.granted, target - self.granted);
+        let ask = Ask { fixed: Total::ZERO, step, units_before, units_min: 0, units_max };
         match self.shared.cover(&self.slices, ask).await {
             Ok(Covered::Granted(Granted { units, reserved, exhausted })) => {
                 self.granted += units;
@@ -130,30 +128,46 @@ impl Hold {
         self.shared.counters.open.fetch_sub(1, Ordering::Relaxed);
     }
 
+    /// What generated tokens cost at most.
+    fn token_step(&self) -> Step {
+        let AdmitRequest { account, model, service_tier, .. } = &*self.request;
+        let prices = self.book.prices(account, model, *service_tier);
+        let bound = prices.and_then(|prices| prices.bound(0, &Media::default(), true).ok());
+        bound.expect("the pinned book has the prices that it was pinned for").generated
+    }
+
     /// The bill of an outcome: what was counted, as far as the hold covers it.
     fn bill(&self, outcome: &Outcome) -> UsageEvent {
         let request = &self.request;
         let cached_input_tokens = outcome.cached_input_tokens.min(request.input_tokens);
+        let output_tokens = outcome.output_tokens.min(self.granted);
+        let (media, held) = (&outcome.media, &request.media_max);
         let quantities = Quantities {
             cached_input_tokens,
             input_tokens: outcome.input_tokens.min(request.input_tokens - cached_input_tokens),
-            output_tokens: outcome.output_tokens.min(self.granted),
-            ..Quantities::default()
+            output_tokens,
+            reasoning_tokens: outcome.reasoning_tokens.min(self.granted - output_tokens),
+            characters: media.characters.min(held.characters),
+            seconds: media.seconds.min(held.seconds),
+            images: media.images.min(held.images),
         };
-        let counted = outcome
-            .input_tokens
-            .saturating_add(outcome.cached_input_tokens)
-            .saturating_add(outcome.output_tokens);
-        let overrun_tokens =
-            counted - quantities.input_tokens - quantities.cached_input_tokens - quantities.output_tokens;
+        let overrun_tokens = tokens(outcome) - quantities.tokens();
         if overrun_tokens > 0 {
             tracing::error!(
                 request_id = %request.request_id, node = outcome.node, overrun_tokens,
                 "a node counted more tokens than were granted; they are not billed"
             );
         }
-        let lines =
-            self.book.price(&request.model, &quantities).expect("quantities under a hold have a price");
+        if *media != quantities.media() {
+            tracing::error!(
+                request_id = %request.request_id, node = outcome.node, ?media, ?held,
+                "more was counted than was held; it is not billed"
+            );
+        }
+        let lines = self
+            .book
+            .price(&request.account, &request.model, request.service_tier, &quantities)
+            .expect("quantities under a hold have a price");
         UsageEvent {
             request_id: request.request_id,
             account: request.account.clone(),
@@ -176,6 +190,15 @@ impl Hold {
             budgets: Vec::new(),
         }
     }
+}
+
+/// Every token that was counted.
+fn tokens(outcome: &Outcome) -> u64 {
+    outcome
+        .input_tokens
+        .saturating_add(outcome.cached_input_tokens)
+        .saturating_add(outcome.output_tokens)
+        .saturating_add(outcome.reasoning_tokens)
 }
 
 impl Drop for Hold {

@@ -153,7 +153,7 @@ impl RollupRow {
     }
 }
 
-/// Counts are bounded far below 2^63 where a hold is made (`TOKENS_MAX`).
+/// Counts are bounded far below 2^63 where a hold is made (`UNITS_MAX`).
 fn stored(count: u64) -> i64 {
     i64::try_from(count).expect("a billed count fits an i64, since its hold did")
 }

@@ -9,10 +9,10 @@
 
 use std::{sync::Arc, time::Instant};
 
-use sluice_billing::{AccountId, AdmitRequest, Hold, RequestId, ServiceTier};
+use sluice_billing::{AccountId, AdmitRequest, Hold, Media, RequestId, ServiceTier};
 use sluice_proto::node::v1::{
-    ChatMessage, ChatPrompt, Constraint, JsonObject, ModelDescription, Start, TokenLogprobs, ToolCallDelta,
-    ToolCalls, ToolChoice as NodeToolChoice, constraint::Kind, tokenize_request::Input,
+    ChatMessage, ChatPrompt, Constraint, JsonObject, ModelDescription, Priority, Start, TokenLogprobs,
+    ToolCallDelta, ToolCalls, ToolChoice as NodeToolChoice, constraint::Kind, tokenize_request::Input,
 };
 use time::OffsetDateTime;
 use tokio::sync::mpsc;
@@ -111,6 +111,7 @@ pub struct Completion {
     pub request_id: Uuid,
     pub model: Arc<ModelDescription>,
     pub created_s: i64,
+    pub service_tier: ServiceTier,
     first: Option<Event>,
     events: mpsc::Receiver<Result<Event, ApiError>>,
     ended: bool,
@@ -143,12 +144,12 @@ pub async fn start(
 ) -> Result<Completion, ApiError> {
     let model = app.nodes.model(request.model.as_str())?;
     let (sender, mut events) = mpsc::channel(app.limits.events_buffered_max.max(1));
-    let request_id = caller.request_id;
+    let (request_id, service_tier) = (caller.request_id, request.service_tier);
     let work = run(app.clone(), caller, model.clone(), request, sender);
     app.tracker.spawn(work.instrument(tracing::Span::current()));
     let first = events.recv().await.unwrap_or_else(|| Err(relay_died()))?;
     let created_s = OffsetDateTime::now_utc().unix_timestamp();
-    Ok(Completion { request_id, model, created_s, first: Some(first), events, ended: false })
+    Ok(Completion { request_id, model, created_s, service_tier, first: Some(first), events, ended: false })
 }
 
 impl Completion {
@@ -276,9 +277,10 @@ async fn admit(
             api_key: principal.key_id.clone(),
             user: request.user.as_str().to_owned(),
             model: model.name.clone(),
-            service_tier: ServiceTier::Default,
+            service_tier: request.service_tier,
             input_tokens,
             output_tokens_max,
+            media_max: Media::default(),
             admitted_at: OffsetDateTime::now_utc(),
         })
         .await?;
@@ -304,6 +306,7 @@ async fn admit(
         stop_strings: request.stop.as_slice().to_vec(),
         // Each key is a flow of its own: one that floods the node does not hold up its siblings.
         tenant: format!("{}/{}", principal.account_id, principal.key_id),
+        priority: priority(request.service_tier).into(),
         output_tokens_min: shape.output_tokens_min,
         ignore_end_of_sequence: shape.ignore_end_of_sequence,
         top_logprobs: shape.top_logprobs,
@@ -312,6 +315,15 @@ async fn admit(
         ..Start::default()
     };
     Ok(Some(Admitted { hold, start, tokens: input_tokens + output_tokens_max.min(OUTPUT_TOKENS_EXPECTED) }))
+}
+
+/// Who pays for another tier is served by it.
+fn priority(tier: ServiceTier) -> Priority {
+    match tier {
+        ServiceTier::Batch => Priority::Batch,
+        ServiceTier::Default => Priority::Normal,
+        ServiceTier::Priority => Priority::High,
+    }
 }
 
 /// Tools that may be called and a format of the text do not go together: dialects refuse that.

@@ -17,7 +17,7 @@ use std::{
 };
 
 use futures::future::BoxFuture;
-use sluice_billing::{FinishReason as Billed, Hold, Outcome, VoidCause};
+use sluice_billing::{FinishReason as Billed, Hold, Media, Outcome, VoidCause};
 use sluice_proto::node::v1::{
     FinishReason as NodeReason, Grant, Start, Usage as Counted, generate_response::Event as NodeEvent,
 };
@@ -321,6 +321,9 @@ impl Relay<'_> {
             input_tokens: self.counted.input_tokens,
             cached_input_tokens: self.counted.cached_input_tokens,
             output_tokens: self.counted.output_tokens,
+            // Nodes count reasoning as output.
+            reasoning_tokens: 0,
+            media: Media::default(),
             finish_reason,
             node: self.node,
             time_to_first_token_ms: self.first_token.map(since),

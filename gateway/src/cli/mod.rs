@@ -6,6 +6,7 @@ mod export;
 mod keys;
 mod money;
 mod webhooks;
+mod prices;
 
 use std::{
     io::{IsTerminal, Write},
@@ -50,6 +51,8 @@ enum Command {
     Usage(money::UsageArgs),
     /// What an account has left.
     Balance(money::BalanceArgs),
+    /// Apply price books, and show what is in force.
+    Prices(prices::PricesArgs),
     /// Add prepaid credit to an account.
     Credit(money::CreditArgs),
     /// Limit what an organisation, a project or a key spends in a day, a month or altogether.
@@ -62,6 +65,16 @@ enum Command {
     Audit(money::AuditArgs),
     /// Usage and cost as CSV, JSON Lines, Parquet, FOCUS 1.2 or 1.4.
     Export(export::ExportArgs),
+}
+
+/// What the caller gave is at fault, not what the command met: exit status 2, as for a wrong flag.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:#}")]
+pub struct Refused(anyhow::Error);
+
+/// The exit status of a command that failed.
+pub fn exit_status(error: &anyhow::Error) -> u8 {
+    if error.is::<Refused>() { 2 } else { 1 }
 }
 
 /// Where the configuration comes from; the same for every command.
@@ -160,6 +173,7 @@ impl Cli {
             Command::Keys(args) => args.run().await,
             Command::Usage(args) => args.run().await,
             Command::Balance(args) => args.run().await,
+            Command::Prices(args) => args.run().await,
             Command::Credit(args) => args.run().await,
             Command::Budgets(args) => args.run().await,
             Command::Migrate(args) => args.run().await,

@@ -7,6 +7,7 @@ use std::{
 };
 
 use futures::stream::BoxStream;
+use sluice_billing::ServiceTier;
 use sluice_proto::{
     node::v1::ModelDescription,
     v1::{
@@ -211,6 +212,7 @@ fn parse(parameters: &ChatParameters) -> Result<CompletionRequest, ApiError> {
             logit_bias: check("logit_bias", LogitBias::new(biases))?,
         },
         shape: Shape { format, ..Shape::default() },
+        service_tier: ServiceTier::Default,
         stop: check("stop", StopStrings::new(parameters.stop.clone()))?,
         user: check("user", EndUser::new(parameters.user.clone()))?,
     })

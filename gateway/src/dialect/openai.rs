@@ -3,11 +3,12 @@
 use http::{HeaderValue, Response};
 use serde::Serialize;
 use serde_json::Value;
+use sluice_billing::ServiceTier;
 
 use super::{fields::Fields, openai_shape};
 use crate::{
     complete::{Finish, FinishReason, Usage},
-    error::ApiError,
+    error::{ApiError, Fault},
     request::{
         self, EndUser, ModelName, Penalty, RepetitionPenalty, Sampling, Shape, StopStrings, Temperature, TopP,
     },
@@ -86,6 +87,28 @@ pub fn stop(body: &Fields<'_>) -> Result<StopStrings, ApiError> {
         Some(other) => return Err(body.wrong_type("stop", "a string or a list of strings", other)),
     };
     body.check("stop", StopStrings::new(strings))
+}
+
+/// OpenAI's names: flexible requests are billed as batches, and nobody's `auto` is more than the default.
+pub fn service_tier(body: &Fields<'_>) -> Result<ServiceTier, ApiError> {
+    match body.string("service_tier")? {
+        None | Some("auto" | "default") => Ok(ServiceTier::Default),
+        Some("flex") => Ok(ServiceTier::Batch),
+        Some("priority") => Ok(ServiceTier::Priority),
+        Some(_) => {
+            let message = "must be one of auto, default, flex and priority";
+            Err(ApiError::field(Fault::Value, body.path("service_tier"), message))
+        }
+    }
+}
+
+/// The tier that served a request, as its answer tells it.
+pub fn service_tier_name(tier: ServiceTier) -> &'static str {
+    match tier {
+        ServiceTier::Default => "default",
+        ServiceTier::Batch => "flex",
+        ServiceTier::Priority => "priority",
+    }
 }
 
 pub fn user(body: &Fields<'_>) -> Result<EndUser, ApiError> {

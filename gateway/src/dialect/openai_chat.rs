@@ -73,6 +73,7 @@ fn parse(body: &Value) -> Result<(CompletionRequest, StreamOptions), ApiError> {
         sampling: openai::sampling(&body)?,
         shape: Shape { format, tools, top_logprobs, ..openai::shape(&body)? },
         stop: openai::stop(&body)?,
+        service_tier: openai::service_tier(&body)?,
         user: openai::user(&body)?,
     };
     Ok((request, openai::stream_options(&body)?))
@@ -209,6 +210,7 @@ struct Head {
     id: String,
     created: i64,
     model: String,
+    service_tier: &'static str,
     system_fingerprint: String,
 }
 
@@ -218,6 +220,7 @@ impl Head {
             id: format!("chatcmpl-{}", completion.request_id.simple()),
             created: completion.created_s,
             model: completion.model.name.clone(),
+            service_tier: openai::service_tier_name(completion.service_tier),
             system_fingerprint: openai::system_fingerprint(&completion.model.content_hash),
         }
     }
@@ -251,6 +254,7 @@ fn whole(head: &Head, answer: &complete::Answer) -> Value {
             "finish_reason": finish_reason(&answer.finish, called),
         }],
         "usage": UsageBody::from(answer.finish.usage),
+        "service_tier": head.service_tier,
         "system_fingerprint": head.system_fingerprint,
     });
     if let Some(extension) = openai::extension(&answer.finish) {
@@ -281,6 +285,7 @@ struct Chunk<'a> {
     object: &'static str,
     created: i64,
     model: &'a str,
+    service_tier: &'static str,
     system_fingerprint: &'a str,
     choices: Vec<Choice<'a>>,
     /// Outer absent: not asked for. Inner absent: null until its own chunk.
@@ -337,6 +342,7 @@ impl ChatChunks {
             object: "chat.completion.chunk",
             created: self.head.created,
             model: &self.head.model,
+            service_tier: self.head.service_tier,
             system_fingerprint: &self.head.system_fingerprint,
             choices,
             usage: self.include_usage.then_some(None),

@@ -1,6 +1,7 @@
 //! What chat clients send and read, by example.
 
 use serde_json::json;
+use sluice_billing::ServiceTier;
 
 use super::*;
 use crate::complete::{Answer, Finish, FinishReason, ToolCall, Usage};
@@ -59,6 +60,8 @@ fn fields_at_fault_are_named() {
     refused(json!({ "stream_options": "x" }), kind, "stream_options");
     refused(json!({ "stream_options": { "include_usage": 1 } }), kind, "stream_options.include_usage");
     refused(json!({ "user": 5 }), kind, "user");
+    refused(json!({ "service_tier": 5 }), kind, "service_tier");
+    refused(json!({ "service_tier": "batch" }), value, "service_tier");
     refused(json!({ "logit_bias": [] }), kind, "logit_bias");
     refused(json!({ "logit_bias": { "a": 1 } }), value, "logit_bias");
     refused(json!({ "logit_bias": { "5": 101 } }), value, "logit_bias");
@@ -187,8 +190,23 @@ fn values_arrive() {
     assert_eq!(options, StreamOptions { stream: true, include_usage: true });
 }
 
+#[test]
+fn service_tiers_have_openais_names() {
+    for (asked, tier, told) in [
+        (json!(null), ServiceTier::Default, "default"),
+        (json!("auto"), ServiceTier::Default, "default"),
+        (json!("default"), ServiceTier::Default, "default"),
+        (json!("flex"), ServiceTier::Batch, "flex"),
+        (json!("priority"), ServiceTier::Priority, "priority"),
+    ] {
+        let (request, _) = accepted(json!({ "service_tier": asked }));
+        assert_eq!((request.service_tier, openai::service_tier_name(request.service_tier)), (tier, told));
+    }
+}
+
 fn head() -> Head {
-    Head { id: "chatcmpl-1".into(), created: 7, model: "m".into(), system_fingerprint: "fp_0".into() }
+    let (id, model, system_fingerprint) = ("chatcmpl-1".into(), "m".into(), "fp_0".into());
+    Head { id, created: 7, model, service_tier: "flex", system_fingerprint }
 }
 
 fn text(text: &str) -> Event {
@@ -206,7 +224,7 @@ fn streamed(include_usage: bool, events: Vec<Result<Event, ApiError>>, expect: &
     for event in events {
         out.extend_from_slice(&sse::frames(&mut chunks, event));
     }
-    let head = r#"{"id":"chatcmpl-1","object":"chat.completion.chunk","created":7,"model":"m","system_fingerprint":"fp_0","#;
+    let head = r#"{"id":"chatcmpl-1","object":"chat.completion.chunk","created":7,"model":"m","service_tier":"flex","system_fingerprint":"fp_0","#;
     let expect: String =
         expect.iter().map(|frame| format!("data: {}\n\n", frame.replace('@', head))).collect();
     assert_eq!(String::from_utf8(out).expect("UTF-8"), expect);
@@ -273,7 +291,7 @@ fn a_whole_answer() {
             "prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5,
             "prompt_tokens_details": { "cached_tokens": 1 },
         },
-        "system_fingerprint": "fp_0",
+        "service_tier": "flex", "system_fingerprint": "fp_0",
     });
     assert_eq!(whole(&head(), &answer), expect);
 }

@@ -85,6 +85,7 @@ fn parse(body: &Value) -> Result<(CompletionRequest, StreamOptions), ApiError> {
         sampling: openai::sampling(&body)?,
         shape: Shape { top_logprobs: body.check("logprobs", logprobs)?, ..openai::shape(&body)? },
         stop: openai::stop(&body)?,
+        service_tier: openai::service_tier(&body)?,
         user: openai::user(&body)?,
     };
     Ok((request, openai::stream_options(&body)?))
@@ -124,6 +125,7 @@ struct TextChunks {
     id: String,
     created: i64,
     model: String,
+    service_tier: &'static str,
     system_fingerprint: String,
     include_usage: bool,
     offset: TextOffset,
@@ -135,6 +137,7 @@ struct TextCompletion<'a> {
     object: &'static str,
     created: i64,
     model: &'a str,
+    service_tier: &'static str,
     system_fingerprint: &'a str,
     choices: Vec<Choice<'a>>,
     /// Outer absent: not asked for. Inner absent: null until its own chunk.
@@ -164,6 +167,7 @@ impl TextChunks {
             id: format!("cmpl-{}", completion.request_id.simple()),
             created: completion.created_s,
             model: completion.model.name.clone(),
+            service_tier: openai::service_tier_name(completion.service_tier),
             system_fingerprint: openai::system_fingerprint(&completion.model.content_hash),
             include_usage,
             offset: TextOffset::default(),
@@ -176,6 +180,7 @@ impl TextChunks {
             object: "text_completion",
             created: self.created,
             model: &self.model,
+            service_tier: self.service_tier,
             system_fingerprint: &self.system_fingerprint,
             choices,
             usage: self.include_usage.then_some(None),
@@ -260,6 +265,7 @@ mod tests {
             id: "cmpl-1".into(),
             created: 7,
             model: "m".into(),
+            service_tier: "default",
             system_fingerprint: "fp_0".into(),
             include_usage: false,
             offset: TextOffset::default(),
@@ -271,7 +277,7 @@ mod tests {
         {
             out.push_str(std::str::from_utf8(&sse::frames(&mut chunks, Ok(event))).expect("UTF-8"));
         }
-        let head = r#"data: {"id":"cmpl-1","object":"text_completion","created":7,"model":"m","system_fingerprint":"fp_0","#;
+        let head = r#"data: {"id":"cmpl-1","object":"text_completion","created":7,"model":"m","service_tier":"default","system_fingerprint":"fp_0","#;
         let expect = format!(
             "{head}\"choices\":[{{\"text\":\"a\",\"index\":0,\"logprobs\":null,\"finish_reason\":null}}]}}\n\n\
              {head}\"choices\":[{{\"text\":\"\",\"index\":0,\"logprobs\":null,\"finish_reason\":\"length\"}}]}}\n\n\

@@ -10,6 +10,7 @@ mod lifecycle;
 mod metering;
 mod money;
 mod node;
+mod prices;
 mod sdk;
 mod unicode;
 mod webhooks;
