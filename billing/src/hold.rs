@@ -13,7 +13,7 @@ use crate::{
     event::{AdmitRequest, Outcome, Quantities, UsageEvent},
     fund::Fund,
     lease::{Ask, Place, Reserved, Slice},
-    money::Total,
+    money::{Money, Total},
     outbox::{Append, Command},
     price::{PriceBook, cost},
 };
@@ -44,6 +44,29 @@ pub struct Hold {
     money: Option<(Vec<Reserved>, Place)>,
 }
 
+/// The prices that a request was admitted at: what it will be billed by, whatever is in force when it ends.
+#[derive(Clone, Debug)]
+pub struct PinnedPrices {
+    book: Arc<PriceBook>,
+    request: Box<AdmitRequest>,
+}
+
+impl PinnedPrices {
+    /// What the bill would come to if the request ended with these counts, under a hold that covers so many output
+    /// tokens. None: more than one amount can hold, which no hold covers.
+    pub fn cost_of(&self, counted: Quantities, covered_output_tokens: u64) -> Option<Money> {
+        let request = &self.request;
+        let cached_input_tokens = counted.cached_input_tokens.min(request.input_tokens);
+        let quantities = Quantities {
+            cached_input_tokens,
+            input_tokens: counted.input_tokens.min(request.input_tokens - cached_input_tokens),
+            output_tokens: counted.output_tokens.min(covered_output_tokens),
+            ..counted
+        };
+        cost(&self.book.price(&request.model, &quantities).ok()?)
+    }
+}
+
 impl Hold {
     pub(crate) fn new(
         shared: Arc<Shared>,
@@ -61,6 +84,11 @@ impl Hold {
     /// How many output tokens are covered now, in total.
     pub fn granted_output_tokens(&self) -> u64 {
         self.granted
+    }
+
+    /// The prices of the bill to come, for saying what it has come to so far.
+    pub fn prices(&self) -> PinnedPrices {
+        PinnedPrices { book: self.book.clone(), request: self.request.clone() }
     }
 
     /// No more will be covered: the account has no more, or the request wants no more.

@@ -7,4 +7,5 @@ mod exports;
 mod history;
 mod lifecycle;
 mod notices;
+mod receipts;
 mod support;
