@@ -10,6 +10,7 @@ mod lifecycle;
 mod metering;
 mod money;
 mod node;
+mod receipts;
 mod sdk;
 mod unicode;
 mod webhooks;
