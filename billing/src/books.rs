@@ -12,10 +12,11 @@ use crate::{
     catalog::{self, Catalog},
     database::{Database, Migrations, Tx},
     error::BillingError,
-    event::AccountId,
+    event::{AccountId, RequestId},
     ledger::{self, AccountKind, Balance, CreditGrant},
     money::Money,
     price::{PriceBook, PriceBookHash},
+    receipt::Receipt,
     usage::{self, UsageQuery, UsageRow},
 };
 
@@ -90,6 +91,18 @@ impl Books {
         catalog::apply(&mut tx, book).await?;
         tx.commit().await?;
         Ok(book.hash().clone())
+    }
+
+    /// The price book with this hash, whenever it was in force.
+    pub async fn price_book(&self, hash: &PriceBookHash) -> Result<PriceBook, BillingError> {
+        let catalog = Catalog::load(&mut self.database.read().await?).await?;
+        catalog.get(hash).map(|book| PriceBook::clone(book))
+    }
+
+    /// What the receipt of a request must state, by the bill that has arrived in the ledger. None: it has not, or not yet.
+    pub async fn billed(&self, request_id: RequestId) -> Result<Option<Receipt>, BillingError> {
+        let bill = usage::bill(&mut self.database.read().await?, request_id).await?;
+        bill.map(|bill| Receipt::of_stored(request_id, &bill)).transpose()
     }
 
     /// Usage that has arrived in the ledger, which takes a moment after a request (`ship_linger`).

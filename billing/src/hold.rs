@@ -13,7 +13,7 @@ use crate::{
     event::{AdmitRequest, Media, Outcome, Quantities, UsageEvent},
     fund::Fund,
     lease::{Ask, Place, Reserved, Slice},
-    money::Total,
+    money::{Money, Total},
     outbox::{Append, Command},
     price::{PriceBook, Step, cost},
 };
@@ -44,6 +44,39 @@ pub struct Hold {
     money: Option<(Vec<Reserved>, Place)>,
 }
 
+/// The prices that a request was admitted at: what it will be billed by, whatever is in force when it ends.
+#[derive(Clone, Debug)]
+pub struct PinnedPrices {
+    book: Arc<PriceBook>,
+    request: Box<AdmitRequest>,
+}
+
+impl PinnedPrices {
+    /// What the bill would come to if the request ended with these counts, under a hold that covers so many output
+    /// tokens. None: more than one amount can hold, which no hold covers.
+    pub fn cost_of(&self, counted: Quantities, covered_output_tokens: u64) -> Option<Money> {
+        let request = &self.request;
+        let quantities = billable(request, covered_output_tokens, &counted);
+        cost(&self.book.price(&request.account, &request.model, request.service_tier, &quantities).ok()?)
+    }
+}
+
+/// What of the counts is billed: as much as the hold covers.
+fn billable(request: &AdmitRequest, granted: u64, counted: &Quantities) -> Quantities {
+    let cached_input_tokens = counted.cached_input_tokens.min(request.input_tokens);
+    let output_tokens = counted.output_tokens.min(granted);
+    let held = &request.media_max;
+    Quantities {
+        cached_input_tokens,
+        input_tokens: counted.input_tokens.min(request.input_tokens - cached_input_tokens),
+        output_tokens,
+        reasoning_tokens: counted.reasoning_tokens.min(granted - output_tokens),
+        characters: counted.characters.min(held.characters),
+        seconds: counted.seconds.min(held.seconds),
+        images: counted.images.min(held.images),
+    }
+}
+
 impl Hold {
     pub(crate) fn new(
         shared: Arc<Shared>,
@@ -61,6 +94,11 @@ impl Hold {
     /// How many output tokens are covered now, in total.
     pub fn granted_output_tokens(&self) -> u64 {
         self.granted
+    }
+
+    /// The prices of the bill to come, for saying what it has come to so far.
+    pub fn prices(&self) -> PinnedPrices {
+        PinnedPrices { book: self.book.clone(), request: self.request.clone() }
     }
 
     /// No more will be covered: the account has no more, or the request wants no more.
@@ -139,18 +177,17 @@ impl Hold {
     /// The bill of an outcome: what was counted, as far as the hold covers it.
     fn bill(&self, outcome: &Outcome) -> UsageEvent {
         let request = &self.request;
-        let cached_input_tokens = outcome.cached_input_tokens.min(request.input_tokens);
-        let output_tokens = outcome.output_tokens.min(self.granted);
         let (media, held) = (&outcome.media, &request.media_max);
-        let quantities = Quantities {
-            cached_input_tokens,
-            input_tokens: outcome.input_tokens.min(request.input_tokens - cached_input_tokens),
-            output_tokens,
-            reasoning_tokens: outcome.reasoning_tokens.min(self.granted - output_tokens),
-            characters: media.characters.min(held.characters),
-            seconds: media.seconds.min(held.seconds),
-            images: media.images.min(held.images),
+        let counted = Quantities {
+            input_tokens: outcome.input_tokens,
+            cached_input_tokens: outcome.cached_input_tokens,
+            output_tokens: outcome.output_tokens,
+            reasoning_tokens: outcome.reasoning_tokens,
+            characters: media.characters,
+            seconds: media.seconds,
+            images: media.images,
         };
+        let quantities = billable(request, self.granted, &counted);
         let overrun_tokens = tokens(outcome) - quantities.tokens();
         if overrun_tokens > 0 {
             tracing::error!(

@@ -19,6 +19,7 @@
 //! | what a scope may spend in a period | `budget` |
 //! | durable before answered | `outbox` |
 //! | exactly once | `ship` |
+//! | what a customer can prove | `receipt` |
 //! | what customers are told | `notice`, `alert` |
 //! | is it all true? | `audit` |
 //! | files for others | `export` |
@@ -43,6 +44,7 @@ mod money;
 pub mod notice;
 mod outbox;
 mod price;
+mod receipt;
 mod ship;
 mod usage;
 
@@ -72,7 +74,7 @@ pub use export::{
     Dataset, ExportError, ExportFilter, ExportOptions, ExportRange, ExportReport, FileRecord, Format,
     Manifest, Progress, Range, Settings, verify as verify_export,
 };
-pub use hold::{Hold, VoidCause};
+pub use hold::{Hold, PinnedPrices, VoidCause};
 pub use ledger::{AccountKind, Balance, CreditGrant};
 pub use money::{Money, MoneyError, PICO_PER_USD, Total};
 pub use price::{
@@ -80,6 +82,11 @@ pub use price::{
     PriceBookHash, PriceError, PriceTerms, Prices, Product, Rate, SkuUsage, Step, Tier, TierPart, TierTerms,
     Tiers, cost, tier_adjustments,
 };
+pub use receipt::{
+    Mismatch, RECEIPT_BYTES_MAX, Receipt, ReceiptError, ReceiptKey, ReceiptKeyError, ReceiptKeys,
+    ReceiptSigner,
+};
+use time::OffsetDateTime;
 use tokio::{
     sync::{mpsc, oneshot},
     task::JoinHandle,

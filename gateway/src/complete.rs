@@ -9,7 +9,9 @@
 
 use std::{sync::Arc, time::Instant};
 
-use sluice_billing::{AccountId, AdmitRequest, Hold, Media, RequestId, ServiceTier};
+use sluice_billing::{
+    AccountId, AdmitRequest, Hold, Media, Money, PinnedPrices, RequestId, ServiceTier, UsageEvent,
+};
 use sluice_proto::node::v1::{
     ChatMessage, ChatPrompt, Constraint, JsonObject, ModelDescription, Priority, Start, TokenLogprobs,
     ToolCallDelta, ToolCalls, ToolChoice as NodeToolChoice, constraint::Kind, tokenize_request::Input,
@@ -68,6 +70,8 @@ pub struct Delta {
     pub logprobs: Vec<TokenLogprobs>,
     /// Pieces of calls, by index. The first of a call has its name.
     pub tool_calls: Vec<ToolCallDelta>,
+    /// Where it was asked for: what the request would be billed if it ended here.
+    pub cost_so_far: Option<Money>,
 }
 
 impl Delta {
@@ -80,10 +84,14 @@ impl Delta {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finish {
     pub reason: FinishReason,
     pub usage: Usage,
+    /// What was billed.
+    pub cost: Money,
+    /// The bill, signed for the caller to keep.
+    pub receipt: String,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,6 +109,17 @@ pub struct Usage {
     pub prompt_tokens: u64,
     pub cached_prompt_tokens: u64,
     pub completion_tokens: u64,
+}
+
+impl Usage {
+    pub fn of(bill: &UsageEvent) -> Usage {
+        let billed = bill.quantities;
+        Usage {
+            prompt_tokens: billed.input_tokens + billed.cached_input_tokens,
+            cached_prompt_tokens: billed.cached_input_tokens,
+            completion_tokens: billed.output_tokens,
+        }
+    }
 }
 
 /// The caller's end of the stream: bounded, and closed when the caller is gone.
@@ -239,6 +258,8 @@ async fn run(
 /// A request whose tokens are counted and whose money is held.
 pub struct Admitted {
     pub hold: Hold,
+    /// For a caller that wants to know the cost so far.
+    pub prices: Option<PinnedPrices>,
     pub start: Start,
     /// What it weighs on a node.
     pub tokens: u64,
@@ -314,7 +335,9 @@ async fn admit(
         stop_ids: shape.stop_ids,
         ..Start::default()
     };
-    Ok(Some(Admitted { hold, start, tokens: input_tokens + output_tokens_max.min(OUTPUT_TOKENS_EXPECTED) }))
+    let prices = request.cost_so_far.then(|| hold.prices());
+    let tokens = input_tokens + output_tokens_max.min(OUTPUT_TOKENS_EXPECTED);
+    Ok(Some(Admitted { hold, prices, start, tokens }))
 }
 
 /// Who pays for another tier is served by it.

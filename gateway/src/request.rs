@@ -57,6 +57,8 @@ pub struct CompletionRequest {
     pub service_tier: ServiceTier,
     /// The caller's own end user, for usage reports. May be empty.
     pub user: EndUser,
+    /// Each piece of the answer says what the request has cost so far.
+    pub cost_so_far: bool,
 }
 
 /// What the model continues.

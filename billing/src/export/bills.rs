@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     catalog::Catalog,
-    event::Quantities,
+    event::{AccountId, Quantities, ServiceTier},
     money::Money,
     price::{Line, PriceBookHash, cost},
 };
@@ -132,7 +132,7 @@ pub(crate) fn usage_cells(event: &EventFact) -> [Cell<'_>; 25] {
     ]
 }
 
-pub(crate) fn cost_cells<'a>(event: &'a EventFact, line: &'a Line) -> [Cell<'a>; 17] {
+pub(crate) fn cost_cells<'a>(event: &'a EventFact, line: &'a Line) -> [Cell<'a>; 20] {
     [
         Cell::Count(event.ordinal),
         Cell::text(&event.request_id),

@@ -8,4 +8,5 @@ mod history;
 mod lifecycle;
 mod notices;
 mod prices;
+mod receipts;
 mod support;

@@ -5,6 +5,7 @@ mod budgets;
 mod export;
 mod keys;
 mod money;
+mod receipt;
 mod webhooks;
 mod prices;
 
@@ -63,6 +64,8 @@ enum Command {
     Webhooks(webhooks::WebhooksArgs),
     /// Check the books: every transaction, line, rollup and balance. Fails if one does not hold.
     Audit(money::AuditArgs),
+    /// Check receipts, the signed bills that come with each answer.
+    Receipt(receipt::ReceiptArgs),
     /// Usage and cost as CSV, JSON Lines, Parquet, FOCUS 1.2 or 1.4.
     Export(export::ExportArgs),
 }
@@ -179,12 +182,18 @@ impl Cli {
             Command::Migrate(args) => args.run().await,
             Command::Webhooks(args) => args.run().await,
             Command::Audit(args) => args.run().await,
+            Command::Receipt(args) => args.run().await,
             Command::Export(args) => args.run().await,
         }
     }
 }
 
 impl ConfigArgs {
+    /// The caller named an installation, and does not just have one by default.
+    fn is_given(&self) -> bool {
+        self.config.is_some() || self.data_dir.is_some() || self.database_url.is_some()
+    }
+
     fn load(&self) -> anyhow::Result<Config> {
         let flags = Flags {
             data_dir: self.data_dir.clone(),

@@ -1,7 +1,7 @@
 //! What chat clients send and read, by example.
 
 use serde_json::json;
-use sluice_billing::ServiceTier;
+use sluice_billing::{Money, ServiceTier};
 
 use super::*;
 use crate::complete::{Answer, Finish, FinishReason, ToolCall, Usage};
@@ -59,6 +59,7 @@ fn fields_at_fault_are_named() {
     refused(json!({ "stream": "yes" }), kind, "stream");
     refused(json!({ "stream_options": "x" }), kind, "stream_options");
     refused(json!({ "stream_options": { "include_usage": 1 } }), kind, "stream_options.include_usage");
+    refused(json!({ "stream_options": { "include_cost": "yes" } }), kind, "stream_options.include_cost");
     refused(json!({ "user": 5 }), kind, "user");
     refused(json!({ "service_tier": 5 }), kind, "service_tier");
     refused(json!({ "service_tier": "batch" }), value, "service_tier");
@@ -187,7 +188,7 @@ fn values_arrive() {
     assert_eq!(request.output_tokens_max.map(|limit| limit.get()), Some(7));
     assert_eq!(request.sampling.seed, Some(u64::MAX));
     assert_eq!(request.stop.as_slice(), ["x"]);
-    assert_eq!(options, StreamOptions { stream: true, include_usage: true });
+    assert_eq!(options, StreamOptions { stream: true, include_usage: true, include_cost: false });
 }
 
 #[test]
@@ -214,7 +215,8 @@ fn text(text: &str) -> Event {
 }
 
 fn finish(reason: FinishReason) -> Finish {
-    Finish { reason, usage: Usage { prompt_tokens: 3, cached_prompt_tokens: 1, completion_tokens: 2 } }
+    let usage = Usage { prompt_tokens: 3, cached_prompt_tokens: 1, completion_tokens: 2 };
+    Finish { reason, usage, cost: Money::from_pico(7_500_000), receipt: "a.b.c".into() }
 }
 
 #[track_caller]
@@ -239,7 +241,7 @@ fn frames_of_a_stream() {
             r#"@"choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]}"#,
             r#"@"choices":[{"index":0,"delta":{"content":"Hé"},"logprobs":null,"finish_reason":null}]}"#,
             r#"@"choices":[{"index":0,"delta":{"content":"\n\""},"logprobs":null,"finish_reason":null}]}"#,
-            r#"@"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop"}]}"#,
+            r#"@"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop"}],"sluice":{"cost_usd":"0.0000075","receipt":"a.b.c"}}"#,
             "[DONE]",
         ],
     );
@@ -253,7 +255,26 @@ fn frames_with_usage_and_an_ended_budget() {
         &[
             r#"@"choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}],"usage":null}"#,
             r#"@"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"length"}],"usage":null,"sluice":{"finish_reason":"budget"}}"#,
-            r#"@"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2,"total_tokens":5,"prompt_tokens_details":{"cached_tokens":1}}}"#,
+            r#"@"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2,"total_tokens":5,"prompt_tokens_details":{"cached_tokens":1}},"sluice":{"cost_usd":"0.0000075","receipt":"a.b.c"}}"#,
+            "[DONE]",
+        ],
+    );
+}
+
+#[test]
+fn frames_with_the_cost_so_far_and_a_budget_that_ended_without_usage() {
+    let delta = |text: &str, pico| {
+        let cost_so_far = Some(Money::from_pico(pico));
+        Ok(Event::Delta(complete::Delta { cost_so_far, ..complete::Delta::text(text) }))
+    };
+    streamed(
+        false,
+        vec![delta("a", 5_000_000), delta("b", 6_000_000), Ok(Event::Finished(finish(FinishReason::Budget)))],
+        &[
+            r#"@"choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]}"#,
+            r#"@"choices":[{"index":0,"delta":{"content":"a"},"logprobs":null,"finish_reason":null}],"sluice":{"cost_usd_so_far":"0.000005"}}"#,
+            r#"@"choices":[{"index":0,"delta":{"content":"b"},"logprobs":null,"finish_reason":null}],"sluice":{"cost_usd_so_far":"0.000006"}}"#,
+            r#"@"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"length"}],"sluice":{"finish_reason":"budget","cost_usd":"0.0000075","receipt":"a.b.c"}}"#,
             "[DONE]",
         ],
     );
@@ -315,7 +336,7 @@ fn frames_of_tool_calls() {
             r#"@"choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]}"#,
             r#"@"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"id":"call_100","type":"function","function":{"name":"a","arguments":"{"}}]},"logprobs":null,"finish_reason":null}]}"#,
             r#"@"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"function":{"arguments":"}"}},{"index":1,"id":"call_101","type":"function","function":{"name":"b","arguments":""}}]},"logprobs":null,"finish_reason":null}]}"#,
-            r#"@"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"tool_calls"}]}"#,
+            r#"@"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"tool_calls"}],"sluice":{"cost_usd":"0.0000075","receipt":"a.b.c"}}"#,
             "[DONE]",
         ],
     );

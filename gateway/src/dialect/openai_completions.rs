@@ -51,11 +51,11 @@ pub async fn create(
     let logprobs = TextLogprobs::of(&answer.logprobs, &mut TextOffset::default());
     let mut response = Json(TextCompletion {
         usage: Some(Some(answer.finish.usage.into())),
-        sluice: openai::extension(&answer.finish),
+        sluice: openai::Extension::of_reason(&answer.finish),
         ..chunks.chunk(vec![Choice::new(&answer.text, logprobs, Some(reason))])
     })
     .into_response();
-    openai::mark_budget(&answer.finish, &mut response);
+    openai::mark(&answer.finish, &mut response);
     Ok(response)
 }
 
@@ -77,6 +77,7 @@ fn parse(body: &Value) -> Result<(CompletionRequest, StreamOptions), ApiError> {
     }
     let logprobs =
         body.integer("logprobs")?.map(|count| request::top_logprobs(count, LOGPROBS_MAX)).transpose();
+    let options = openai::stream_options(&body)?;
     let limit = body.integer("max_tokens")?.map(request::output_tokens_max).transpose();
     let request = CompletionRequest {
         model,
@@ -87,8 +88,9 @@ fn parse(body: &Value) -> Result<(CompletionRequest, StreamOptions), ApiError> {
         stop: openai::stop(&body)?,
         service_tier: openai::service_tier(&body)?,
         user: openai::user(&body)?,
+        cost_so_far: options.stream && options.include_cost,
     };
-    Ok((request, openai::stream_options(&body)?))
+    Ok((request, options))
 }
 
 /// A string, token ids, or a list with one of either.
@@ -144,7 +146,7 @@ struct TextCompletion<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Option<UsageBody>>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    sluice: Option<openai::Extension>,
+    sluice: Option<openai::Extension<'a>>,
 }
 
 #[derive(Serialize)]
@@ -195,18 +197,20 @@ impl Codec for TextChunks {
             Event::Delta(delta) if delta.is_empty() => {}
             Event::Delta(delta) => {
                 let logprobs = TextLogprobs::of(&delta.logprobs, &mut self.offset);
-                frames.push(&self.chunk(vec![Choice::new(&delta.text, logprobs, None)]));
+                let sluice = openai::Extension::of_delta(&delta);
+                let choice = Choice::new(&delta.text, logprobs, None);
+                frames.push(&TextCompletion { sluice, ..self.chunk(vec![choice]) });
             }
             Event::Finished(finish) => {
                 let last =
                     self.chunk(vec![Choice::new("", None, Some(openai::finish_reason(finish.reason)))]);
-                frames.push(&TextCompletion { sluice: openai::extension(&finish), ..last });
-                if self.include_usage {
-                    frames.push(&TextCompletion {
-                        usage: Some(Some(finish.usage.into())),
-                        ..self.chunk(vec![])
-                    });
+                if !self.include_usage {
+                    return frames
+                        .push(&TextCompletion { sluice: openai::Extension::of_end(&finish), ..last });
                 }
+                frames.push(&TextCompletion { sluice: openai::Extension::of_reason(&finish), ..last });
+                let (usage, sluice) = (finish.usage.into(), openai::Extension::of_bill(&finish));
+                frames.push(&TextCompletion { usage: Some(Some(usage)), sluice, ..self.chunk(vec![]) });
             }
         }
     }
@@ -215,6 +219,7 @@ impl Codec for TextChunks {
 #[cfg(test)]
 mod tests {
     use serde_json::json;
+    use sluice_billing::Money;
 
     use super::*;
     use crate::complete::{Delta, Finish, FinishReason, Usage};
@@ -271,7 +276,8 @@ mod tests {
             offset: TextOffset::default(),
         };
         let usage = Usage { prompt_tokens: 1, cached_prompt_tokens: 0, completion_tokens: 2 };
-        let finish = Finish { reason: FinishReason::Length, usage };
+        let (cost, receipt) = (Money::from_pico(5), "a.b.c".to_owned());
+        let finish = Finish { reason: FinishReason::Length, usage, cost, receipt };
         let mut out = String::new();
         for event in [Event::Delta(Delta::default()), Event::Delta(Delta::text("a")), Event::Finished(finish)]
         {
@@ -280,7 +286,8 @@ mod tests {
         let head = r#"data: {"id":"cmpl-1","object":"text_completion","created":7,"model":"m","service_tier":"default","system_fingerprint":"fp_0","#;
         let expect = format!(
             "{head}\"choices\":[{{\"text\":\"a\",\"index\":0,\"logprobs\":null,\"finish_reason\":null}}]}}\n\n\
-             {head}\"choices\":[{{\"text\":\"\",\"index\":0,\"logprobs\":null,\"finish_reason\":\"length\"}}]}}\n\n\
+             {head}\"choices\":[{{\"text\":\"\",\"index\":0,\"logprobs\":null,\"finish_reason\":\"length\"}}],\
+             \"sluice\":{{\"cost_usd\":\"0.000000000005\",\"receipt\":\"a.b.c\"}}}}\n\n\
              data: [DONE]\n\n"
         );
         assert_eq!(out, expect);

@@ -11,6 +11,7 @@ mod metering;
 mod money;
 mod node;
 mod prices;
+mod receipts;
 mod sdk;
 mod unicode;
 mod webhooks;
