@@ -50,11 +50,11 @@ impl Audit {
 }
 
 impl Check {
-    fn new(name: &'static str) -> Check {
+    pub(crate) fn new(name: &'static str) -> Check {
         Check { name, checked: 0, failed: 0, evidence: Vec::new() }
     }
 
-    fn expect(&mut self, holds: bool, evidence: impl FnOnce() -> String) {
+    pub(crate) fn expect(&mut self, holds: bool, evidence: impl FnOnce() -> String) {
         self.checked += 1;
         if !holds {
             self.failed += 1;

@@ -8,7 +8,7 @@ use time::OffsetDateTime;
 
 use crate::{
     alert::{self, Change},
-    budget::{self, Budget, BudgetStatus},
+    budget::{self, Budget, BudgetScope, BudgetStatus},
     catalog,
     database::{Database, Migrations, Tx},
     error::BillingError,
@@ -107,6 +107,11 @@ impl Books {
         let deleted = budget::delete(&mut tx, id, OffsetDateTime::now_utc().unix_timestamp()).await?;
         tx.commit().await?;
         Ok(deleted)
+    }
+
+    /// Whose spending the budget of an id limits or limited; None where there never was one.
+    pub async fn budget_scope(&self, id: &str) -> Result<Option<(BudgetScope, String)>, BillingError> {
+        budget::scope_of(&mut self.database.read().await?, id).await
     }
 
     /// Every budget with the window that `at` falls in.

@@ -18,9 +18,10 @@ use crate::{
     args, counter,
     database::Conn,
     error::BillingError,
-    event::UsageEvent,
+    event::{AccountId, UsageEvent},
     fund::Fund,
     money::{Money, Total},
+    notice::{self, Notice, NoticeKind},
 };
 
 const THRESHOLDS_MAX: usize = 10;
@@ -79,15 +80,6 @@ pub(crate) struct Window {
     name: String,
     from: String,
     to: String,
-}
-
-/// Spending that went past thresholds of a window.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Crossed {
-    pub budget: Budget,
-    pub window: String,
-    pub percent: u16,
-    pub spent: Money,
 }
 
 impl Budget {
@@ -178,11 +170,7 @@ impl BudgetRow {
     fn into_budget(self) -> Budget {
         Budget {
             id: self.id,
-            scope: match self.scope.as_str() {
-                "org" => BudgetScope::Org,
-                "project" => BudgetScope::Project,
-                _ => BudgetScope::Key,
-            },
+            scope: BudgetScope::stored(&self.scope),
             scope_id: self.scope_id,
             period: match self.period.as_str() {
                 "day" => BudgetPeriod::Day,
@@ -233,6 +221,15 @@ pub(crate) async fn delete(conn: &mut Conn, id: &str, now_s: i64) -> Result<bool
         .execute("UPDATE budgets SET deleted_s = $1 WHERE id = $2 AND deleted_s IS NULL", args![now_s, id])
         .await?;
     Ok(deleted == 1)
+}
+
+pub(crate) async fn scope_of(
+    conn: &mut Conn,
+    id: &str,
+) -> Result<Option<(BudgetScope, String)>, BillingError> {
+    let row: Option<(String, String)> =
+        conn.fetch_optional("SELECT scope, scope_id FROM budgets WHERE id = $1", args![id]).await?;
+    Ok(row.map(|(scope, scope_id)| (BudgetScope::stored(&scope), scope_id)))
 }
 
 /// Every budget in force, by id.
@@ -337,14 +334,15 @@ pub(crate) async fn give_back(conn: &mut Conn, fund: &str, amount: Money) -> Res
     Ok(())
 }
 
-/// Counts `cost` in a window, `from_lease` of it out of a lease; the thresholds that it went past.
+/// Counts `cost` in a window, `from_lease` of it out of a lease, and tells `account` of the thresholds that it went past.
 pub(crate) async fn spend(
     conn: &mut Conn,
     budget: &Budget,
     window: &Window,
     cost: Money,
     from_lease: Money,
-) -> Result<Vec<Crossed>, BillingError> {
+    (account, at): (&AccountId, OffsetDateTime),
+) -> Result<(), BillingError> {
     let (spent,): (i64,) = conn
         .fetch_one(
             "UPDATE budget_windows SET spent_pico = spent_pico + $1, leased_pico = leased_pico - $2 WHERE fund = $3 \
@@ -357,14 +355,47 @@ pub(crate) async fn spend(
         |spent: i128, percent: u16| spent * 100 >= i128::from(budget.limit.pico()) * i128::from(percent);
     let crossed =
         budget.thresholds.iter().filter(|percent| !reached(before, **percent) && reached(after, **percent));
-    Ok(crossed
-        .map(|percent| Crossed {
-            budget: budget.clone(),
-            window: window.name.clone(),
-            percent: *percent,
-            spent: Money::from_pico(spent),
-        })
-        .collect())
+    for percent in crossed {
+        let mut notice = told(budget, window, NoticeKind::BUDGET_THRESHOLD_REACHED, account, at);
+        notice.payload["percent"] = (*percent).into();
+        notice.payload["spent"] = Money::from_pico(spent).to_usd_string().into();
+        notice.dedupe_key = format!("{}:{percent}", budget.fund(window));
+        notice::raise(conn, &notice).await?;
+    }
+    Ok(())
+}
+
+/// Tells `account` that a window has refused a request, once.
+pub(crate) async fn exhausted(
+    conn: &mut Conn,
+    budget: &Budget,
+    window: &Window,
+    account: &AccountId,
+    at: OffsetDateTime,
+) -> Result<(), BillingError> {
+    let notice = told(budget, window, NoticeKind::BUDGET_EXHAUSTED, account, at);
+    notice::raise(conn, &notice).await.map(drop)
+}
+
+fn told(
+    budget: &Budget,
+    window: &Window,
+    kind: NoticeKind,
+    account: &AccountId,
+    at: OffsetDateTime,
+) -> Notice {
+    let payload = serde_json::json!({
+        "currency": "USD",
+        "budget": budget.id,
+        "scope": budget.scope,
+        "scope_id": budget.scope_id,
+        "period": budget.period,
+        "window": window.name,
+        "limit": budget.limit.to_usd_string(),
+        "hard": budget.hard,
+    });
+    let dedupe_key = format!("{}:exhausted", budget.fund(window));
+    Notice { kind, account: account.clone(), subject: budget.id.clone(), payload, dedupe_key, at }
 }
 
 /// A window as the audit reads it: what it is of, and what it says.
@@ -395,6 +426,15 @@ pub(crate) async fn leased(conn: &mut Conn) -> Result<Vec<(String, i64)>, Billin
 }
 
 impl BudgetScope {
+    /// The table's CHECK admits these three only.
+    fn stored(text: &str) -> BudgetScope {
+        match text {
+            "org" => BudgetScope::Org,
+            "project" => BudgetScope::Project,
+            _ => BudgetScope::Key,
+        }
+    }
+
     pub fn as_str(self) -> &'static str {
         match self {
             BudgetScope::Org => "org",

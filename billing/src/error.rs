@@ -13,6 +13,7 @@ pub enum BillingError {
     Open(#[from] crate::database::DatabaseError),
     #[error("the outbox cannot be brought up to date; the file may come from a newer version")]
     Migrate(#[from] sqlx::migrate::MigrateError),
+    /// A field of a budget is at fault; `fix` goes on from its name.
     #[error("{field}: {fix}")]
     Budget { field: &'static str, fix: String },
     #[error(

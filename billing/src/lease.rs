@@ -49,6 +49,8 @@ pub(crate) struct Slice {
     /// What a budget's fund is a window of, and whether the ledger is known to have its row.
     window: Option<(Budget, Window)>,
     has_row: AtomicBool,
+    /// Its budget's owner has been told that it refused a request.
+    pub told_exhausted: AtomicBool,
     funds: Mutex<Funds>,
     /// Held by the one task that talks to the ledger about this fund.
     pub refilling: Arc<tokio::sync::Mutex<()>>,
@@ -144,9 +146,9 @@ impl Slice {
         !funds.dry && funds.free < funds.low_water
     }
 
-    /// The budget of whose window this is a slice.
-    pub fn budget(&self) -> Option<&Budget> {
-        self.window.as_ref().map(|(budget, _)| budget)
+    /// The budget, and its window, that this is a slice of.
+    pub fn window(&self) -> Option<(&Budget, &Window)> {
+        self.window.as_ref().map(|(budget, window)| (budget, window))
     }
 
     pub fn free(&self) -> Money {
@@ -257,6 +259,7 @@ impl Slices {
             fund: fund.clone(),
             window: window(),
             has_row: AtomicBool::new(false),
+            told_exhausted: AtomicBool::new(false),
             funds: Mutex::default(),
             refilling: Arc::default(),
         });

@@ -21,6 +21,7 @@
 //! | exactly once | `ship` |
 //! | what customers are told | `notice`, `alert` |
 //! | is it all true? | `audit` |
+//! | files for others | `export` |
 //! | two databases, one SQL | `database`, `counter` |
 
 mod alert;
@@ -33,6 +34,7 @@ mod counter;
 mod database;
 mod error;
 mod event;
+mod export;
 mod fund;
 mod hold;
 mod lease;
@@ -64,6 +66,10 @@ pub use database::{
 pub use error::{AdmitError, BillingError, SettleError};
 pub use event::{
     AccountId, AdmitRequest, FinishReason, Outcome, Quantities, RequestId, ServiceTier, UsageEvent,
+};
+pub use export::{
+    Dataset, ExportError, ExportFilter, ExportOptions, ExportRange, ExportReport, FileRecord, Format,
+    Manifest, Progress, Range, Settings, verify as verify_export,
 };
 pub use hold::{Hold, VoidCause};
 pub use ledger::{AccountKind, Balance, CreditGrant};
@@ -331,7 +337,7 @@ impl Billing {
             Covered::Granted(granted) => granted,
             Covered::Short(slice) => {
                 shared.counters.refused_credit.fetch_add(1, Ordering::Relaxed);
-                return Err(shared.insufficient(&slice, &ask).await);
+                return Err(shared.insufficient(&request.account, &slice, &ask).await);
             }
         };
         shared.counters.admitted.fetch_add(1, Ordering::Relaxed);
@@ -544,16 +550,29 @@ impl Shared {
     }
 
     /// The refusal, with what is available here and in the ledger.
-    async fn insufficient(&self, slice: &Slice, ask: &Ask) -> AdmitError {
+    async fn insufficient(&self, account: &AccountId, slice: &Slice, ask: &Ask) -> AdmitError {
         let needed = Total::from_pico(ask.cost(ask.units_min)).to_money().unwrap_or(Money::MAX);
         let available = async { slice.fund.available(&mut self.books.database.read().await?).await };
         let available = match available.await {
             Ok(available) => (Total::from(available) + slice.free().into()).to_money().unwrap_or(Money::MAX),
             Err(error) => return AdmitError::Unavailable(error),
         };
-        match slice.budget() {
-            None => AdmitError::InsufficientCredit { needed, available },
-            Some(budget) => AdmitError::OverBudget { budget: budget.to_string(), needed, available },
+        let Some((budget, window)) = slice.window() else {
+            return AdmitError::InsufficientCredit { needed, available };
+        };
+        if !slice.told_exhausted.swap(true, Ordering::Relaxed) {
+            let told = async {
+                let at = OffsetDateTime::from_unix_timestamp(self.clock.now_s());
+                let at = at.unwrap_or(OffsetDateTime::UNIX_EPOCH);
+                let mut tx = self.books.database.write().await?;
+                budget::exhausted(&mut tx, budget, window, account, at).await?;
+                Ok::<(), BillingError>(tx.commit().await?)
+            };
+            if let Err(error) = told.await {
+                slice.told_exhausted.store(false, Ordering::Relaxed);
+                tracing::warn!(error = &error as &dyn std::error::Error, %budget, "nobody is told that it is used up");
+            }
         }
+        AdmitError::OverBudget { budget: budget.to_string(), needed, available }
     }
 }

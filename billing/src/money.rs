@@ -10,7 +10,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 /// 10^-12 dollars in a dollar.
 pub const PICO_PER_USD: i64 = 1_000_000_000_000;
-const DECIMALS: usize = 12;
+pub(crate) const DECIMALS: usize = 12;
 
 /// An amount in pico-USD. May be negative: ledger entries are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -155,6 +155,12 @@ fn write_decimal(pico: i128, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     let significant = fraction.trim_end_matches('0').len().max(2);
     let sign = if pico < 0 { "-" } else { "" };
     write!(f, "{sign}{whole}.{}", &fraction[..significant])
+}
+
+/// Appends an amount in dollars, as [`Money::to_usd_string`] writes it.
+pub(crate) fn push_decimal(out: &mut Vec<u8>, pico_usd: i128) {
+    use std::io::Write;
+    write!(out, "{}", Decimal(pico_usd)).expect("a vector takes every byte");
 }
 
 struct Decimal(i128);

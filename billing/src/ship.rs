@@ -289,7 +289,7 @@ async fn post_batch(
     counter::take(conn, "transaction", 0).await?;
     let budgets = budget::all(conn).await?;
     let mut windows = windows_of(&budgets, batch);
-    for (budget, window, _) in windows.values() {
+    for Counting { budget, window, .. } in windows.values() {
         budget::ensure_window(conn, budget, window).await?;
     }
     let refused = usage::record(conn, epoch, batch).await?;
@@ -305,8 +305,8 @@ async fn post_batch(
             continue;
         }
         for (budget, window) in applying(&budgets, event) {
-            let (.., spent) = windows.get_mut(&budget.fund(&window)).expect("every window was made above");
-            *spent += event.cost.into();
+            let counting = windows.get_mut(&budget.fund(&window)).expect("every window was made above");
+            counting.spent += event.cost.into();
         }
         let skus = minutes.entry((event.account.clone(), minute_of(event.admitted_at_ms))).or_default();
         for (sku, amount) in repriced(catalog, event)? {
@@ -324,7 +324,16 @@ async fn post_batch(
     Ok(posted)
 }
 
-type Windows = BTreeMap<Fund, (Budget, Window, Total)>;
+/// A window that bills of a batch count in, and what they add to it.
+struct Counting {
+    budget: Budget,
+    window: Window,
+    spent: Total,
+    /// Who pays, and is told of thresholds.
+    account: AccountId,
+}
+
+type Windows = BTreeMap<Fund, Counting>;
 
 /// Budgets that a bill counts against, whether or not its hold knew of them.
 fn applying<'a>(budgets: &'a [Budget], event: &'a UsageEvent) -> impl Iterator<Item = (&'a Budget, Window)> {
@@ -336,7 +345,12 @@ fn windows_of(budgets: &[Budget], batch: &[(i64, UsageEvent)]) -> Windows {
     let mut windows = BTreeMap::new();
     for (_, event) in batch {
         for (budget, window) in applying(budgets, event) {
-            windows.entry(budget.fund(&window)).or_insert_with(|| (budget.clone(), window, Total::ZERO));
+            windows.entry(budget.fund(&window)).or_insert_with(|| Counting {
+                budget: budget.clone(),
+                window,
+                spent: Total::ZERO,
+                account: event.account.clone(),
+            });
         }
     }
     windows
@@ -361,9 +375,10 @@ async fn spend(
             (Fund::Account(account), _) => {
                 ledger::spend(conn, account, held, drawn, at_s, reference).await?;
             }
-            (Fund::Budget(_), Some((budget, window, spent))) => {
+            (Fund::Budget(_), Some(Counting { budget, window, spent, account })) => {
                 let spent = spent.to_money().ok_or_else(overflow)?;
-                budget::spend(conn, budget, window, spent, drawn).await?;
+                let at = OffsetDateTime::from_unix_timestamp(at_s).unwrap_or(OffsetDateTime::UNIX_EPOCH);
+                budget::spend(conn, budget, window, spent, drawn, (account, at)).await?;
             }
             // A budget that is no longer in force.
             (Fund::Budget(_), None) => fund.give_back(conn, drawn).await?,

@@ -330,6 +330,12 @@ impl From<WebhookError> for ApiError {
     }
 }
 
+impl From<sqlx::Error> for ApiError {
+    fn from(error: sqlx::Error) -> ApiError {
+        ApiError::DatabaseUnavailable { source: error.into(), retry_after: RETRY_AFTER }
+    }
+}
+
 /// For what an administrator asks of the books.
 impl From<BillingError> for ApiError {
     fn from(error: BillingError) -> ApiError {
@@ -337,9 +343,8 @@ impl From<BillingError> for ApiError {
             BillingError::UnknownAccount(account) => {
                 ApiError::NotFound { what: "account", id: account.to_string() }
             }
-            BillingError::Database(source) => {
-                ApiError::DatabaseUnavailable { source: source.into(), retry_after: RETRY_AFTER }
-            }
+            BillingError::Database(source) => source.into(),
+            BillingError::Budget { field, fix } => ApiError::field(Fault::Value, field, fix),
             other => ApiError::internal(other),
         }
     }

@@ -12,6 +12,7 @@
 
 pub mod app;
 pub mod auth;
+pub mod budgets;
 pub mod cli;
 pub mod complete;
 pub mod config;

@@ -34,6 +34,7 @@ use uuid::Uuid;
 use crate::{
     app::App,
     auth::{Principal, Role},
+    budgets,
     complete::{Caller, Delivery},
     dialect::{grpc, models, openai_chat, openai_completions},
     error::{ApiError, Protocol, RETRY_AFTER},
@@ -69,7 +70,7 @@ pub fn service(app: Arc<App>) -> Router {
                 .layer(from_fn_with_state(permits, hold_a_permit))
                 .layer(from_fn_with_state(app.clone(), authenticate)),
         );
-    let with_admin_key = webhooks::rest::routes().route_layer(
+    let with_admin_key = webhooks::rest::routes().merge(budgets::routes()).route_layer(
         ServiceBuilder::new()
             .layer(from_fn_with_state(app.clone(), refuse_while_draining))
             .layer(from_fn_with_state(app.clone(), authenticate_admin)),

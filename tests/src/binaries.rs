@@ -57,6 +57,9 @@ pub(crate) async fn output_of(command: &Command) -> Output {
             None => limited.env_remove(name),
         };
     }
+    if let Some(dir) = command.get_current_dir() {
+        limited.current_dir(dir);
+    }
     limited.stdin(Stdio::null());
     let shown = format!("{command:?}");
     let ended = tokio::task::spawn_blocking(move || limited.output()).await.expect("waiting does not panic");

@@ -33,7 +33,7 @@ pub use customer::{Customer, Price, Usage};
 pub use metrics::Metrics;
 pub use patience::eventually;
 pub use process::{Process, Signal};
-pub use python::pytest;
+pub use python::{focus_validator, pytest};
 pub use receiver::Receiver;
 pub use rest::{Reply, assert_error};
 pub use sse::{Stream, Transcript};

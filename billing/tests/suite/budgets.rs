@@ -92,6 +92,27 @@ async fn a_soft_budget_counts_and_ends_nothing() {
     world.assert_clean().await;
 }
 
+async fn thresholds_and_refusals_are_told_once() {
+    const EACH: i64 = 10 * INPUT + 4 * OUTPUT;
+    let world = World::new(100_000).await;
+    world.billing.put_budget(&budget("b", BudgetScope::Key, 2 * EACH)).await.unwrap();
+    for _ in 0..2 {
+        world.billing.admit(request(10, 4)).await.unwrap().settle(outcome(10, 0, 4)).await.unwrap();
+        world.posted().await;
+    }
+    for _ in 0..2 {
+        assert!(world.billing.admit(request(10, 4)).await.is_err());
+    }
+    let told = "SELECT kind, payload FROM notices WHERE subject = 'b' ORDER BY ordinal";
+    let told: Vec<(String, String)> =
+        world.database.read().await.unwrap().fetch_all(told, &[]).await.unwrap();
+    let percent =
+        |payload: &str| serde_json::from_str::<serde_json::Value>(payload).unwrap()["percent"].as_u64();
+    let told: Vec<_> = told.iter().map(|(kind, payload)| (kind.as_str(), percent(payload))).collect();
+    let reached = "budget.threshold_reached";
+    assert_eq!(told, [(reached, Some(50)), (reached, Some(100)), ("budget.exhausted", None)]);
+}
+
 async fn budgets_change_and_end_while_holds_are_open() {
     let world = World::new(100_000).await;
     let mut changing = budget("b", BudgetScope::Key, 1_000);
@@ -180,6 +201,7 @@ on_both! {
     generation_ends_at_the_token_that_the_smallest_budget_affords,
     a_window_begins_with_what_was_spent_in_it_and_ends_with_its_day,
     a_soft_budget_counts_and_ends_nothing,
+    thresholds_and_refusals_are_told_once,
     budgets_change_and_end_while_holds_are_open,
     a_gateway_that_dies_gives_its_part_of_a_budget_back,
     gateways_together_never_overspend,

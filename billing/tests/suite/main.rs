@@ -3,6 +3,7 @@
 mod audit;
 mod budgets;
 mod crash;
+mod exports;
 mod history;
 mod lifecycle;
 mod notices;

@@ -2,6 +2,7 @@
 //! and errors on stderr.
 
 mod budgets;
+mod export;
 mod keys;
 mod money;
 mod webhooks;
@@ -59,6 +60,8 @@ enum Command {
     Webhooks(webhooks::WebhooksArgs),
     /// Check the books: every transaction, line, rollup and balance. Fails if one does not hold.
     Audit(money::AuditArgs),
+    /// Usage and cost as CSV, JSON Lines, Parquet, FOCUS 1.2 or 1.4.
+    Export(export::ExportArgs),
 }
 
 /// Where the configuration comes from; the same for every command.
@@ -162,6 +165,7 @@ impl Cli {
             Command::Migrate(args) => args.run().await,
             Command::Webhooks(args) => args.run().await,
             Command::Audit(args) => args.run().await,
+            Command::Export(args) => args.run().await,
         }
     }
 }

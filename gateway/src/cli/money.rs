@@ -2,7 +2,7 @@
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
-use sluice_billing::{AccountId, Books, CreditGrant, Money, UsageGroup, UsageQuery};
+use sluice_billing::{AccountId, Audit, Books, CreditGrant, Money, UsageGroup, UsageQuery};
 use time::{Date, OffsetDateTime, macros::format_description};
 use uuid::Uuid;
 
@@ -174,25 +174,29 @@ impl AuditArgs {
         if self.json {
             print_json(&report)?;
         } else {
-            for check in &report.checks {
-                let verdict = if check.failed == 0 { "holds " } else { "FAILED" };
-                println!("{verdict}  {:>8} checked  {}", check.checked, check.name);
-                for evidence in &check.evidence {
-                    println!("          {evidence}");
-                }
-            }
+            print_checks(&report);
         }
         anyhow::ensure!(report.is_clean(), "the books do not hold: see the findings above");
         Ok(())
     }
 }
 
-async fn books(config: &ConfigArgs) -> anyhow::Result<Books> {
+pub(super) fn print_checks(report: &Audit) {
+    for check in &report.checks {
+        let verdict = if check.failed == 0 { "holds " } else { "FAILED" };
+        println!("{verdict}  {:>8} checked  {}", check.checked, check.name);
+        for evidence in &check.evidence {
+            println!("          {evidence}");
+        }
+    }
+}
+
+pub(super) async fn books(config: &ConfigArgs) -> anyhow::Result<Books> {
     let (_, database) = config.database().await?;
     Books::open(database).await.context("cannot open the books")
 }
 
-fn parse_day(text: &str) -> Result<Date, String> {
+pub(super) fn parse_day(text: &str) -> Result<Date, String> {
     Date::parse(text, format_description!("[year]-[month]-[day]"))
         .map_err(|_| format!("{text:?} is not a day: write YYYY-MM-DD"))
 }

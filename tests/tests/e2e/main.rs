@@ -4,6 +4,7 @@
 mod caching;
 mod concurrency;
 mod errors;
+mod exports;
 mod first_light;
 mod lifecycle;
 mod metering;
