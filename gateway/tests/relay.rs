@@ -214,6 +214,7 @@ impl Gateway {
             billing,
             nodes: Nodes::connect(endpoints).await.expect("nodes"),
             limits,
+            invoice_font: None,
             metrics: Metrics::new(),
             webhooks: Webhooks::new(database, WebhookSettings::default()).expect("the defaults are valid"),
             tracker: TaskTracker::new(),
