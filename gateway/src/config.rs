@@ -12,11 +12,13 @@
 
 use std::path::{Path, PathBuf};
 
+use anyhow::Context;
 use figment::{
     Figment,
     providers::{Env, Format, Serialized, Toml},
 };
 use serde::{Deserialize, Serialize};
+use sluice_billing::{InvoiceRules, TaxRules};
 
 use crate::{app::Limits, receipts::ReceiptSettings, server::ConnectionLimits, webhooks::WebhookSettings};
 
@@ -43,6 +45,8 @@ pub struct Config {
     pub limits: Limits,
     pub receipts: ReceiptSettings,
     pub webhooks: WebhookSettings,
+    pub invoices: InvoiceRules,
+    pub tax: TaxRules,
 }
 
 impl Default for Config {
@@ -60,6 +64,8 @@ impl Default for Config {
             limits: Limits::default(),
             receipts: ReceiptSettings::default(),
             webhooks: WebhookSettings::default(),
+            invoices: InvoiceRules::default(),
+            tax: TaxRules::default(),
         }
     }
 }
@@ -107,11 +113,23 @@ impl Config {
             anyhow::ensure!(file.is_file(), "no configuration file at {}", file.display());
             figment = figment.merge(Toml::file_exact(file));
         }
-        figment
+        let config: Config = figment
             .merge(environment())
             .merge(Serialized::defaults(flags))
             .extract()
-            .map_err(|error| anyhow::anyhow!("configuration: {error}"))
+            .map_err(|error| anyhow::anyhow!("configuration: {error}"))?;
+        config.invoices.check().context("configuration")?;
+        config.tax.check().context("configuration")?;
+        Ok(config)
+    }
+
+    /// The font of invoices, where one is named. One that cannot be used is refused.
+    pub fn invoice_font(&self) -> anyhow::Result<Option<Vec<u8>>> {
+        let Some(path) = &self.invoices.font else { return Ok(None) };
+        let problem = || format!("invoices.font: {}", path.display());
+        let font = std::fs::read(path).with_context(problem)?;
+        sluice_billing::check_font(&font).with_context(problem)?;
+        Ok(Some(font))
     }
 
     /// Where the database is.

@@ -5,6 +5,7 @@
 //! ```
 //! What can fail for the operator's reasons (folder, port, model) fails before anything is served, and says what to do.
 
+mod bookkeeper;
 #[cfg(feature = "embedded-node")]
 mod embedded;
 mod prices;
@@ -35,6 +36,7 @@ use crate::{
 pub async fn run(config: Config, json: bool) -> anyhow::Result<()> {
     let signalled = stop_signals()?;
     let _lock = lock_data_dir(&config)?;
+    let invoice_font = config.invoice_font()?;
     let listener = bind(&config.listen).await?;
     let address = listener.local_addr()?;
 
@@ -61,6 +63,7 @@ pub async fn run(config: Config, json: bool) -> anyhow::Result<()> {
         receipts,
         nodes: fleet.nodes.clone(),
         limits: config.limits.clone(),
+        invoice_font,
         metrics: Metrics::new(),
         webhooks: webhooks.clone(),
         tracker: TaskTracker::new(),
@@ -69,6 +72,13 @@ pub async fn run(config: Config, json: bool) -> anyhow::Result<()> {
     });
     let stop_delivering = CancellationToken::new();
     let delivering = tokio::spawn(webhooks.run(stop_delivering.clone()));
+    let stop_keeping = CancellationToken::new();
+    let keeping = tokio::spawn(bookkeeper::run(
+        billing.clone(),
+        config.invoices.clone(),
+        config.tax.clone(),
+        stop_keeping.clone(),
+    ));
     let stop_accepting = CancellationToken::new();
     let connections = config.connections.clone();
     let mut serving = tokio::spawn({
@@ -96,6 +106,10 @@ pub async fn run(config: Config, json: bool) -> anyhow::Result<()> {
         serving.abort();
         app.cut.cancel();
         app.tracker.wait().await;
+    }
+    stop_keeping.cancel();
+    if let Err(error) = keeping.await {
+        warn!(%error, "the bookkeeper failed; the next start goes on where it was");
     }
     stop_delivering.cancel();
     let closed = billing.close().await;

@@ -3,8 +3,10 @@
 mod audit;
 mod budgets;
 mod crash;
+mod credits;
 mod exports;
 mod history;
+mod invoices;
 mod lifecycle;
 mod notices;
 mod prices;

@@ -6,6 +6,7 @@ mod concurrency;
 mod errors;
 mod exports;
 mod first_light;
+mod invoices;
 mod lifecycle;
 mod metering;
 mod money;
