@@ -6,3 +6,4 @@ mod crash;
 mod history;
 mod lifecycle;
 mod support;
+mod writes;
