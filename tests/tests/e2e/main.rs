@@ -9,5 +9,6 @@ mod lifecycle;
 mod metering;
 mod money;
 mod node;
+mod overspend;
 mod sdk;
 mod unicode;
