@@ -14,7 +14,7 @@ mod tenant;
 use std::{fs::File, sync::Arc, time::Duration};
 
 use anyhow::{Context, bail};
-use sluice_billing::{Billing, BillingLimits, BillingOptions};
+use sluice_billing::{Billing, BillingOptions};
 use tokio::net::TcpListener;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
@@ -47,7 +47,7 @@ pub async fn run(config: Config, json: bool) -> anyhow::Result<()> {
         database: database.clone(),
         outbox_path: config.outbox_path(),
         gateway: config.gateway.clone(),
-        limits: BillingLimits::default(),
+        limits: config.billing.limits(),
     })
     .await?;
     let receipts = Receipts::open(&config)?;

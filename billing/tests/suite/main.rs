@@ -12,3 +12,4 @@ mod notices;
 mod prices;
 mod receipts;
 mod support;
+mod writes;

@@ -42,6 +42,7 @@ async fn use_last_month(cluster: &Cluster, at: OffsetDateTime) {
     billing.apply_price_book(&book).await.expect("prices apply");
     for project in ["proj-default", "Köln"] {
         let request = AdmitRequest {
+            media_max: Default::default(),
             request_id: RequestId::new(Uuid::now_v7()),
             account: AccountId::new("acct-default"),
             org: "org-default".into(),
@@ -55,6 +56,8 @@ async fn use_last_month(cluster: &Cluster, at: OffsetDateTime) {
             admitted_at: at,
         };
         let outcome = Outcome {
+            media: Default::default(),
+            reasoning_tokens: 0,
             input_tokens: 1_111,
             cached_input_tokens: 0,
             output_tokens: 222,

@@ -11,6 +11,7 @@ mod lifecycle;
 mod metering;
 mod money;
 mod node;
+mod overspend;
 mod prices;
 mod receipts;
 mod sdk;
