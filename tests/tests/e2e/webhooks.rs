@@ -130,9 +130,41 @@ async fn spending_below_the_threshold_is_told() {
     cluster.finish().await;
 }
 
+/// A soft budget tells of its thresholds, in their order; a hard one also of the first request that it refuses.
+#[tokio::test]
+async fn budgets_tell_of_their_thresholds_and_of_their_end() {
+    let (cluster, _folder) = cluster(OPEN).await;
+    let mut receiver = Receiver::start().await;
+    receiver.trust(&[SECRET]).await;
+    subscribe(&cluster, &receiver.url("/hook")).await;
+    let set = ["budgets", "set", "watch", "--org", "org-default", "--period", "month"];
+    let terms = ["--limit", "0.000001", "--thresholds", "50,100", "--soft"];
+    cluster.cli(&[&set[..], &terms].concat()).await;
+    cluster.chat(&cluster.question("Hello?", 5)).await.ok();
+    for percent in [50, 100] {
+        let request = receiver.next().await;
+        assert_verified(&request);
+        let body = &request["body"];
+        assert_eq!(body["type"], "budget.threshold_reached", "{body}");
+        assert_eq!((&body["data"]["percent"], &body["data"]["subject"]), (&json!(percent), &json!("watch")));
+    }
+
+    cluster.cli(&["budgets", "set", "stop", "--org", "org-default", "--period", "day", "--limit", "0"]).await;
+    eventually("the budget is in force", async || match cluster.chat(&cluster.question("Hello?", 5)).await {
+        reply if reply.status == 429 => Ok(()),
+        reply => Err(reply.text),
+    })
+    .await;
+    let request = receiver.next().await;
+    assert_verified(&request);
+    assert_eq!(request["body"]["type"], "budget.exhausted", "{request}");
+    assert_eq!(request["body"]["data"]["subject"], "stop", "{request}");
+    cluster.finish().await;
+}
+
 #[tokio::test]
 async fn failures_are_tried_again_until_one_succeeds() {
-    let settings = format!("{OPEN}timeout_ms = 300\nretry_delays_ms = [10, 10, 10, 10]\n");
+    let settings = format!("{OPEN}timeout_ms = 2000\nretry_delays_ms = [10, 10, 10, 10]\n");
     let (cluster, _folder) = cluster(&settings).await;
     let mut receiver = Receiver::start().await;
     receiver.trust(&[SECRET]).await;
@@ -159,7 +191,7 @@ async fn failures_are_tried_again_until_one_succeeds() {
 
 #[tokio::test]
 async fn what_is_given_up_on_is_listed_and_replayed() {
-    let settings = format!("{OPEN}timeout_ms = 300\nretry_delays_ms = [10]\n");
+    let settings = format!("{OPEN}timeout_ms = 2000\nretry_delays_ms = [10]\n");
     let (cluster, _folder) = cluster(&settings).await;
     let mut receiver = Receiver::start().await;
     receiver.trust(&[SECRET]).await;
@@ -167,7 +199,7 @@ async fn what_is_given_up_on_is_listed_and_replayed() {
     raise(&cluster, "25.00").await;
     let first = receiver.next().await;
     let dead = only_delivery(&cluster, "dead").await;
-    assert_eq!((&dead["attempts"], &dead["last_error"]), (&json!(2), &json!("no answer within 300 ms")));
+    assert_eq!((&dead["attempts"], &dead["last_error"]), (&json!(2), &json!("no answer within 2000 ms")));
     assert_eq!(dead["payload"], first["body"]);
     assert_eq!(cluster.metrics().await.sum("sluice_webhook_dead_total"), 1.0);
 
@@ -237,7 +269,8 @@ async fn a_receiver_that_is_gone_is_left_alone_until_it_is_switched_on_again() {
 async fn a_gateway_that_is_killed_between_attempts_goes_on_where_it_was() {
     // What a dead gateway held is free after this long.
     let lease = "timeout_ms = 1000\nlease_margin_ms = 500\n";
-    let (mut cluster, _folder) = cluster(&format!("{OPEN}{lease}retry_delays_ms = [3000]\n")).await;
+    let (mut cluster, _folder) =
+        cluster(&format!("{OPEN}{lease}retry_delays_ms = [3000, 10, 10, 10]\n")).await;
     let mut receiver = Receiver::start().await;
     receiver.trust(&[SECRET]).await;
     subscribe(&cluster, &receiver.url("/hook?answers=500,200")).await;
