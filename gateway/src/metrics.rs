@@ -61,6 +61,9 @@ impl Default for Metrics {
     }
 }
 
+/// Takes one number out of what the webhook worker counts.
+type ReadQueue = fn(WebhookStats) -> u64;
+
 /// Takes one number out of what a node last said.
 type ReadLoad = fn(&Seen) -> u64;
 
@@ -226,7 +229,7 @@ impl Metrics {
     }
 
     pub fn observe_webhooks(&self, webhooks: &Webhooks) {
-        let counters: [(&'static str, &'static str, fn(WebhookStats) -> u64); 3] = [
+        let counters: [(&'static str, &'static str, ReadQueue); 3] = [
             ("sluice_webhook_delivered", "Deliveries that a receiver took", |stats| stats.delivered),
             ("sluice_webhook_failed", "Attempts that failed", |stats| stats.failed),
             ("sluice_webhook_dead", "Deliveries given up on", |stats| stats.dead),

@@ -130,6 +130,38 @@ async fn spending_below_the_threshold_is_told() {
     cluster.finish().await;
 }
 
+/// A soft budget tells of its thresholds, in their order; a hard one also of the first request that it refuses.
+#[tokio::test]
+async fn budgets_tell_of_their_thresholds_and_of_their_end() {
+    let (cluster, _folder) = cluster(OPEN).await;
+    let mut receiver = Receiver::start().await;
+    receiver.trust(&[SECRET]).await;
+    subscribe(&cluster, &receiver.url("/hook")).await;
+    let set = ["budgets", "set", "watch", "--org", "org-default", "--period", "month"];
+    let terms = ["--limit", "0.000001", "--thresholds", "50,100", "--soft"];
+    cluster.cli(&[&set[..], &terms].concat()).await;
+    cluster.chat(&cluster.question("Hello?", 5)).await.ok();
+    for percent in [50, 100] {
+        let request = receiver.next().await;
+        assert_verified(&request);
+        let body = &request["body"];
+        assert_eq!(body["type"], "budget.threshold_reached", "{body}");
+        assert_eq!((&body["data"]["percent"], &body["data"]["subject"]), (&json!(percent), &json!("watch")));
+    }
+
+    cluster.cli(&["budgets", "set", "stop", "--org", "org-default", "--period", "day", "--limit", "0"]).await;
+    eventually("the budget is in force", async || match cluster.chat(&cluster.question("Hello?", 5)).await {
+        reply if reply.status == 429 => Ok(()),
+        reply => Err(reply.text),
+    })
+    .await;
+    let request = receiver.next().await;
+    assert_verified(&request);
+    assert_eq!(request["body"]["type"], "budget.exhausted", "{request}");
+    assert_eq!(request["body"]["data"]["subject"], "stop", "{request}");
+    cluster.finish().await;
+}
+
 #[tokio::test]
 async fn failures_are_tried_again_until_one_succeeds() {
     let settings = format!("{OPEN}timeout_ms = 2000\nretry_delays_ms = [10, 10, 10, 10]\n");
