@@ -166,7 +166,9 @@ pub(crate) fn recount(path: &Path, table: &Table) -> Result<(u64, Totals)> {
         for (index, column) in table.controls() {
             let values = read_numbers(group.get_column_reader(index)?, count)?;
             for (currency, value) in currencies.iter().zip(values) {
-                totals.add_value(currency, column.name, value.unwrap_or_default());
+                if let Some(value) = value {
+                    totals.add_value(currency, column.name, value);
+                }
             }
         }
         rows += count as u64;
