@@ -60,7 +60,6 @@ enum Command {
     Webhooks(webhooks::WebhooksArgs),
     /// Check the books: every transaction, line, rollup and balance. Fails if one does not hold.
     Audit(money::AuditArgs),
-    /// Usage and cost as CSV, JSON Lines, Parquet, FOCUS 1.2 or 1.4.
     Export(export::ExportArgs),
 }
 
