@@ -12,7 +12,7 @@ use crate::{
     catalog::{self, Catalog},
     database::Conn,
     error::BillingError,
-    event::AccountId,
+    event::{AccountId, ServiceTier},
     fund::Fund,
     lease, ledger,
     money::{Money, Total},
@@ -191,7 +191,11 @@ impl Events {
         }
         let hash = PriceBookHash::from_stored(event.price_book.clone());
         let book = catalog.get(&hash).map_err(|error| error.to_string())?;
-        let lines = book.price(&event.model, &quantities).map_err(|error| error.to_string())?;
+        let account = AccountId::new(event.account.clone());
+        let tier =
+            ServiceTier::parse(&event.service_tier).ok_or_else(|| "an unknown service tier".to_owned())?;
+        let lines = book.price(&account, &event.model, tier, &quantities);
+        let lines = lines.map_err(|error| error.to_string())?;
         for line in lines.iter().filter(|line| line.amount != Money::ZERO) {
             let key =
                 (event.account.clone(), ship::minute_of(event.admitted_at_ms), ledger::revenue(&line.sku));

@@ -9,13 +9,14 @@ use time::OffsetDateTime;
 use crate::{
     alert::{self, Change},
     budget::{self, Budget, BudgetScope, BudgetStatus},
-    catalog,
+    catalog::{self, Catalog},
     database::{Database, Migrations, Tx},
     error::BillingError,
-    event::AccountId,
+    event::{AccountId, RequestId},
     ledger::{self, AccountKind, Balance, CreditGrant},
     money::Money,
     price::{PriceBook, PriceBookHash},
+    receipt::Receipt,
     usage::{self, UsageQuery, UsageRow},
 };
 
@@ -78,12 +79,30 @@ impl Books {
         ledger::accounts(&mut self.database.read().await?).await
     }
 
-    /// Stores a price book. A running server takes it up with the next bill that it ships.
+    /// Every price book.
+    pub async fn catalog(&self) -> Result<Catalog, BillingError> {
+        Catalog::load(&mut self.database.read().await?).await
+    }
+
+    /// Stores a price book, whatever a [`Plan`](crate::Plan) says of it. Running servers take it up within a
+    /// `refresh`.
     pub async fn apply_price_book(&self, book: &PriceBook) -> Result<PriceBookHash, BillingError> {
         let mut tx = self.write().await?;
         catalog::apply(&mut tx, book).await?;
         tx.commit().await?;
         Ok(book.hash().clone())
+    }
+
+    /// The price book with this hash, whenever it was in force.
+    pub async fn price_book(&self, hash: &PriceBookHash) -> Result<PriceBook, BillingError> {
+        let catalog = Catalog::load(&mut self.database.read().await?).await?;
+        catalog.get(hash).map(|book| PriceBook::clone(book))
+    }
+
+    /// What the receipt of a request must state, by the bill that has arrived in the ledger. None: it has not, or not yet.
+    pub async fn billed(&self, request_id: RequestId) -> Result<Option<Receipt>, BillingError> {
+        let bill = usage::bill(&mut self.database.read().await?, request_id).await?;
+        bill.map(|bill| Receipt::of_stored(request_id, &bill)).transpose()
     }
 
     /// Usage that has arrived in the ledger, which takes a moment after a request (`ship_linger`).

@@ -2,7 +2,11 @@
 
 use std::{sync::Arc, time::Duration};
 
-use crate::{event::AccountId, money::Money, price::PriceBookHash};
+use crate::{
+    event::{AccountId, ServiceTier},
+    money::Money,
+    price::PriceBookHash,
+};
 
 /// A failure of the books: the database, or something in it that must not be.
 #[derive(Debug, thiserror::Error)]
@@ -66,8 +70,8 @@ pub enum AdmitError {
         "the budget {budget} has {available} left in this window, and the request needs at least {needed}"
     )]
     OverBudget { budget: String, needed: Money, available: Money },
-    #[error("there is no price for the model {model}")]
-    NoPrice { model: String },
+    #[error("there is no {service_tier} price for the model {model}")]
+    NoPrice { model: String, service_tier: ServiceTier },
     /// The ledger cannot be reached and as many bills wait as may.
     #[error("too many bills wait for the ledger; try again in {retry_after:?}")]
     OutboxFull { retry_after: Duration },

@@ -36,6 +36,14 @@ pub struct Quantities {
     pub images: u64,
 }
 
+/// What a request uses beside tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Media {
+    pub characters: u64,
+    pub seconds: u64,
+    pub images: u64,
+}
+
 /// How soon an answer is wanted, and so by which prices it is billed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -77,7 +85,10 @@ pub struct AdmitRequest {
     pub service_tier: ServiceTier,
     /// The exact number of prompt tokens, cached ones included.
     pub input_tokens: u64,
+    /// Tokens that may be generated, reasoning among them.
     pub output_tokens_max: u64,
+    /// What may be used beside tokens, at most.
+    pub media_max: Media,
     pub admitted_at: OffsetDateTime,
 }
 
@@ -87,6 +98,8 @@ pub struct Outcome {
     pub input_tokens: u64,
     pub cached_input_tokens: u64,
     pub output_tokens: u64,
+    pub reasoning_tokens: u64,
+    pub media: Media,
     pub finish_reason: FinishReason,
     /// The node that produced the last token.
     pub node: String,
@@ -168,7 +181,24 @@ impl fmt::Display for RequestId {
     }
 }
 
+impl Quantities {
+    /// All tokens. A sum of counts that a hold bounds, so that it cannot overflow.
+    pub(crate) fn tokens(&self) -> u64 {
+        self.input_tokens + self.cached_input_tokens + self.output_tokens + self.reasoning_tokens
+    }
+
+    pub fn media(&self) -> Media {
+        Media { characters: self.characters, seconds: self.seconds, images: self.images }
+    }
+}
+
 impl ServiceTier {
+    const ALL: [ServiceTier; 3] = [ServiceTier::Default, ServiceTier::Batch, ServiceTier::Priority];
+
+    pub(crate) fn parse(name: &str) -> Option<ServiceTier> {
+        ServiceTier::ALL.into_iter().find(|tier| tier.as_str() == name)
+    }
+
     pub fn as_str(self) -> &'static str {
         match self {
             ServiceTier::Default => "default",

@@ -10,12 +10,12 @@ use tokio::sync::oneshot;
 use crate::{
     Shared,
     error::SettleError,
-    event::{AdmitRequest, Outcome, Quantities, UsageEvent},
+    event::{AdmitRequest, Media, Outcome, Quantities, UsageEvent},
     fund::Fund,
     lease::{Ask, Place, Reserved, Slice},
-    money::Total,
+    money::{Money, Total},
     outbox::{Append, Command},
-    price::{PriceBook, cost},
+    price::{PriceBook, Step, cost},
 };
 
 /// Why a request ended without a bill.
@@ -44,6 +44,39 @@ pub struct Hold {
     money: Option<(Vec<Reserved>, Place)>,
 }
 
+/// The prices that a request was admitted at: what it will be billed by, whatever is in force when it ends.
+#[derive(Clone, Debug)]
+pub struct PinnedPrices {
+    book: Arc<PriceBook>,
+    request: Box<AdmitRequest>,
+}
+
+impl PinnedPrices {
+    /// What the bill would come to if the request ended with these counts, under a hold that covers so many output
+    /// tokens. None: more than one amount can hold, which no hold covers.
+    pub fn cost_of(&self, counted: Quantities, covered_output_tokens: u64) -> Option<Money> {
+        let request = &self.request;
+        let quantities = billable(request, covered_output_tokens, &counted);
+        cost(&self.book.price(&request.account, &request.model, request.service_tier, &quantities).ok()?)
+    }
+}
+
+/// What of the counts is billed: as much as the hold covers.
+fn billable(request: &AdmitRequest, granted: u64, counted: &Quantities) -> Quantities {
+    let cached_input_tokens = counted.cached_input_tokens.min(request.input_tokens);
+    let output_tokens = counted.output_tokens.min(granted);
+    let held = &request.media_max;
+    Quantities {
+        cached_input_tokens,
+        input_tokens: counted.input_tokens.min(request.input_tokens - cached_input_tokens),
+        output_tokens,
+        reasoning_tokens: counted.reasoning_tokens.min(granted - output_tokens),
+        characters: counted.characters.min(held.characters),
+        seconds: counted.seconds.min(held.seconds),
+        images: counted.images.min(held.images),
+    }
+}
+
 impl Hold {
     pub(crate) fn new(
         shared: Arc<Shared>,
@@ -63,6 +96,11 @@ impl Hold {
         self.granted
     }
 
+    /// The prices of the bill to come, for saying what it has come to so far.
+    pub fn prices(&self) -> PinnedPrices {
+        PinnedPrices { book: self.book.clone(), request: self.request.clone() }
+    }
+
     /// No more will be covered: the account has no more, or the request wants no more.
     pub fn is_final(&self) -> bool {
         self.exhausted || self.granted >= self.request.output_tokens_max
@@ -80,10 +118,8 @@ impl Hold {
         if self.is_final() || target <= self.granted {
             return;
         }
-        let prices =
-            self.book.model(&self.request.model).expect("the pinned book has the model it was pinned for");
-        let units_max = target - self.granted;
-        let ask = Ask { fixed: Total::ZERO, unit: prices.output.per_unit, units_min: 0, units_max };
+        let (step, units_before, units_max) = (self.token_step(), self.granted, target - self.granted);
+        let ask = Ask { fixed: Total::ZERO, step, units_before, units_min: 0, units_max };
         match self.shared.cover(&self.slices, ask).await {
             Ok(Covered::Granted(Granted { units, reserved, exhausted })) => {
                 self.granted += units;
@@ -130,30 +166,45 @@ impl Hold {
         self.shared.counters.open.fetch_sub(1, Ordering::Relaxed);
     }
 
+    /// What generated tokens cost at most.
+    fn token_step(&self) -> Step {
+        let AdmitRequest { account, model, service_tier, .. } = &*self.request;
+        let prices = self.book.prices(account, model, *service_tier);
+        let bound = prices.and_then(|prices| prices.bound(0, &Media::default(), true).ok());
+        bound.expect("the pinned book has the prices that it was pinned for").generated
+    }
+
     /// The bill of an outcome: what was counted, as far as the hold covers it.
     fn bill(&self, outcome: &Outcome) -> UsageEvent {
         let request = &self.request;
-        let cached_input_tokens = outcome.cached_input_tokens.min(request.input_tokens);
-        let quantities = Quantities {
-            cached_input_tokens,
-            input_tokens: outcome.input_tokens.min(request.input_tokens - cached_input_tokens),
-            output_tokens: outcome.output_tokens.min(self.granted),
-            ..Quantities::default()
+        let (media, held) = (&outcome.media, &request.media_max);
+        let counted = Quantities {
+            input_tokens: outcome.input_tokens,
+            cached_input_tokens: outcome.cached_input_tokens,
+            output_tokens: outcome.output_tokens,
+            reasoning_tokens: outcome.reasoning_tokens,
+            characters: media.characters,
+            seconds: media.seconds,
+            images: media.images,
         };
-        let counted = outcome
-            .input_tokens
-            .saturating_add(outcome.cached_input_tokens)
-            .saturating_add(outcome.output_tokens);
-        let overrun_tokens =
-            counted - quantities.input_tokens - quantities.cached_input_tokens - quantities.output_tokens;
+        let quantities = billable(request, self.granted, &counted);
+        let overrun_tokens = tokens(outcome) - quantities.tokens();
         if overrun_tokens > 0 {
             tracing::error!(
                 request_id = %request.request_id, node = outcome.node, overrun_tokens,
                 "a node counted more tokens than were granted; they are not billed"
             );
         }
-        let lines =
-            self.book.price(&request.model, &quantities).expect("quantities under a hold have a price");
+        if *media != quantities.media() {
+            tracing::error!(
+                request_id = %request.request_id, node = outcome.node, ?media, ?held,
+                "more was counted than was held; it is not billed"
+            );
+        }
+        let lines = self
+            .book
+            .price(&request.account, &request.model, request.service_tier, &quantities)
+            .expect("quantities under a hold have a price");
         UsageEvent {
             request_id: request.request_id,
             account: request.account.clone(),
@@ -176,6 +227,15 @@ impl Hold {
             budgets: Vec::new(),
         }
     }
+}
+
+/// Every token that was counted.
+fn tokens(outcome: &Outcome) -> u64 {
+    outcome
+        .input_tokens
+        .saturating_add(outcome.cached_input_tokens)
+        .saturating_add(outcome.output_tokens)
+        .saturating_add(outcome.reasoning_tokens)
 }
 
 impl Drop for Hold {

@@ -28,6 +28,7 @@ use crate::{
     event::AccountId,
     fund::Fund,
     money::{Money, Total},
+    price::Step,
 };
 
 /// Beyond what a request needs, a gateway takes at most this part of what its fund has left: others may need it too.
@@ -76,31 +77,33 @@ pub(crate) struct Reserved {
     amount: i64,
 }
 
-/// What a request wants covered: `fixed` and then as many units as the money allows, of `units_min..=units_max`.
+/// What a request wants covered: `fixed` and then, beyond the units it has, as many as the money allows, of
+/// `units_min..=units_max`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Ask {
     pub fixed: Total,
-    pub unit: Money,
+    pub step: Step,
+    pub units_before: u64,
     pub units_min: u64,
     pub units_max: u64,
 }
 
 impl Ask {
     /// Nothing: leases ahead.
-    pub const NOTHING: Ask = Ask { fixed: Total::ZERO, unit: Money::ZERO, units_min: 0, units_max: 0 };
+    pub const NOTHING: Ask =
+        Ask { fixed: Total::ZERO, step: Step::FREE, units_before: 0, units_min: 0, units_max: 0 };
 
     pub fn cost(&self, units: u64) -> i128 {
-        self.fixed.pico() + self.unit.total_of(units).pico()
+        (self.fixed + self.step.cost(self.units_before, units)).pico()
     }
 
     /// How many units `free` covers, if it covers the fixed part and the least number.
     fn affordable(&self, free: i64) -> Option<u64> {
-        let rest = i128::from(free) - self.fixed.pico();
-        let units = match i128::from(self.unit.pico()) {
-            _ if rest < 0 => return None,
-            0 => self.units_max,
-            unit => u64::try_from(rest / unit).unwrap_or(u64::MAX).min(self.units_max),
-        };
+        let rest = Total::from_pico(free.into()) - self.fixed;
+        if rest < Total::ZERO {
+            return None;
+        }
+        let units = self.step.affordable(self.units_before, rest, self.units_max);
         (units >= self.units_min).then_some(units)
     }
 }

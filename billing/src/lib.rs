@@ -19,6 +19,7 @@
 //! | what a scope may spend in a period | `budget` |
 //! | durable before answered | `outbox` |
 //! | exactly once | `ship` |
+//! | what a customer can prove | `receipt` |
 //! | what customers are told | `notice`, `alert` |
 //! | is it all true? | `audit` |
 //! | files for others | `export` |
@@ -43,6 +44,7 @@ mod money;
 pub mod notice;
 mod outbox;
 mod price;
+mod receipt;
 mod ship;
 mod usage;
 
@@ -59,23 +61,30 @@ use arc_swap::ArcSwap;
 pub use audit::{Audit, Check};
 pub use books::Books;
 pub use budget::{Budget, BudgetPeriod, BudgetScope, BudgetStatus};
+pub use catalog::{Catalog, Plan, Standing};
 pub use clock::Clock;
 pub use database::{
     Arg, Conn, Database, DatabaseError, DatabaseOptions, Dialect, Migrations, Raw, Row, Tx, create_private,
 };
 pub use error::{AdmitError, BillingError, SettleError};
 pub use event::{
-    AccountId, AdmitRequest, FinishReason, Outcome, Quantities, RequestId, ServiceTier, UsageEvent,
+    AccountId, AdmitRequest, FinishReason, Media, Outcome, Quantities, RequestId, ServiceTier, UsageEvent,
 };
 pub use export::{
     Dataset, ExportError, ExportFilter, ExportOptions, ExportRange, ExportReport, FileRecord, Format,
     Manifest, Progress, Range, Settings, verify as verify_export,
 };
-pub use hold::{Hold, VoidCause};
+pub use hold::{Hold, PinnedPrices, VoidCause};
 pub use ledger::{AccountKind, Balance, CreditGrant};
 pub use money::{Money, MoneyError, PICO_PER_USD, Total};
 pub use price::{
-    Line, Meter, ModelPrices, Price, PriceBook, PriceBookError, PriceBookHash, PriceError, cost,
+    Adjustment, AdjustmentError, BookRow, Change, Line, Meter, Price, PriceBook, PriceBookError,
+    PriceBookHash, PriceError, PriceTerms, Prices, Product, Rate, SkuUsage, Step, Tier, TierPart, TierTerms,
+    Tiers, cost, tier_adjustments,
+};
+pub use receipt::{
+    Mismatch, RECEIPT_BYTES_MAX, Receipt, ReceiptError, ReceiptKey, ReceiptKeyError, ReceiptKeys,
+    ReceiptSigner,
 };
 use time::OffsetDateTime;
 use tokio::{
@@ -85,15 +94,14 @@ use tokio::{
 pub use usage::{UsageGroup, UsageQuery, UsageRow};
 
 use crate::{
-    catalog::Catalog,
     hold::{Covered, Granted},
     lease::{Ask, Holder, Reserved, Slice, Slices},
     outbox::{Outbox, OutboxFile},
     ship::{Flush, ShipStats, Shipper},
 };
 
-/// No prompt and no answer is longer; what claims to be is refused. Keeps every count far from an i64's end.
-const TOKENS_MAX: u64 = 1 << 40;
+/// No request uses more of anything; what claims to is refused. Keeps every count far from an i64's end.
+const UNITS_MAX: u64 = 1 << 40;
 /// How often one ask goes to the ledger again because others took what it had fetched.
 const REFILLS_MAX: usize = 4;
 
@@ -314,24 +322,31 @@ impl Billing {
         if shared.closed.load(Ordering::Acquire) {
             return Err(AdmitError::Unavailable(BillingError::Closed));
         }
-        let no_price = || AdmitError::NoPrice { model: request.model.clone() };
+        let (model, service_tier) = (request.model.clone(), request.service_tier);
+        let no_price = || AdmitError::NoPrice { model: model.clone(), service_tier };
         let book = shared.catalog.load().in_force(request.admitted_at).cloned().ok_or_else(no_price)?;
-        let prices = book.model(&request.model).ok_or_else(no_price)?;
+        let prices = book.prices(&request.account, &model, service_tier).ok_or_else(no_price)?;
+        let bound = prices
+            .bound(request.input_tokens, &request.media_max, request.output_tokens_max > 0)
+            .map_err(|_| no_price())?;
         let Some(place) = shared.slices.place(shared.limits.outbox_events_max) else {
             shared.counters.refused_outbox_full.fetch_add(1, Ordering::Relaxed);
             return Err(AdmitError::OutboxFull { retry_after: shared.limits.ship_backoff_max });
         };
-        request.output_tokens_max = request.output_tokens_max.min(TOKENS_MAX);
+        request.output_tokens_max = request.output_tokens_max.min(UNITS_MAX);
         let ask = Ask {
-            fixed: prices.prompt_token_max().total_of(request.input_tokens),
-            unit: prices.output.per_unit,
+            fixed: bound.fixed,
+            step: bound.generated,
+            units_before: 0,
             units_min: request.output_tokens_max.min(1),
             units_max: request.output_tokens_max.min(shared.limits.hold_output_tokens.max(1)),
         };
         let slices = shared.slices(&request);
-        let covered = match request.input_tokens {
-            0..=TOKENS_MAX => shared.cover(&slices, ask).await.map_err(AdmitError::Unavailable)?,
-            _ => Covered::Short(slices[0].clone()),
+        let Media { characters, seconds, images } = request.media_max;
+        let counts = [request.input_tokens, characters, seconds, images];
+        let covered = match counts.iter().all(|count| *count <= UNITS_MAX) {
+            true => shared.cover(&slices, ask).await.map_err(AdmitError::Unavailable)?,
+            false => Covered::Short(slices[0].clone()),
         };
         let granted = match covered {
             Covered::Granted(granted) => granted,
@@ -384,9 +399,9 @@ impl Billing {
         self.books().usage(query).await
     }
 
-    /// The book that prices a request admitted at this moment.
-    pub fn price_book_in_force(&self, at: OffsetDateTime) -> Option<PriceBookHash> {
-        self.shared.catalog.load().in_force(at).map(|book| book.hash().clone())
+    /// The price books, as this gateway knows them.
+    pub fn catalog(&self) -> Arc<Catalog> {
+        self.shared.catalog.load_full()
     }
 
     /// Stores a price book. Requests admitted from now on may be priced by it; those admitted before are not touched.

@@ -455,7 +455,8 @@ fn repriced(catalog: &Catalog, event: &UsageEvent) -> Result<Vec<(String, Money)
 }
 
 fn priced(catalog: &Catalog, event: &UsageEvent) -> Result<Vec<Line>, BillingError> {
-    let lines = catalog.get(&event.price_book)?.price(&event.model, &event.quantities);
+    let book = catalog.get(&event.price_book)?;
+    let lines = book.price(&event.account, &event.model, event.service_tier, &event.quantities);
     lines.map_err(|error| corrupt(error.to_string()))
 }
 

@@ -13,7 +13,7 @@ use crate::{
     args, counter,
     database::{Conn, Dialect, Raw},
     error::BillingError,
-    event::{AccountId, Quantities, UsageEvent},
+    event::{AccountId, Quantities, RequestId, UsageEvent},
     money::Total,
 };
 
@@ -153,7 +153,7 @@ impl RollupRow {
     }
 }
 
-/// Counts are bounded far below 2^63 where a hold is made (`TOKENS_MAX`).
+/// Counts are bounded far below 2^63 where a hold is made (`UNITS_MAX`).
 fn stored(count: u64) -> i64 {
     i64::try_from(count).expect("a billed count fits an i64, since its hold did")
 }
@@ -497,6 +497,26 @@ pub(crate) async fn events_after(
              cached_input_tokens, output_tokens, reasoning_tokens, characters, seconds, images, admitted_at_ms, \
              price_book, cost_pico FROM usage_events WHERE ordinal > $1 ORDER BY ordinal LIMIT $2",
             args![ordinal, limit],
+        )
+        .await?)
+}
+
+/// A bill as a receipt is held against it.
+#[derive(FromRow)]
+pub(crate) struct BillRow {
+    #[sqlx(flatten)]
+    pub event: EventRow,
+    pub finish_reason: String,
+}
+
+/// The bill of one request, once it has arrived.
+pub(crate) async fn bill(conn: &mut Conn, request_id: RequestId) -> Result<Option<BillRow>, BillingError> {
+    Ok(conn
+        .fetch_optional(
+            "SELECT request_id, epoch, seq, ordinal, account, org, project, api_key, model, service_tier, input_tokens, \
+             cached_input_tokens, output_tokens, reasoning_tokens, characters, seconds, images, admitted_at_ms, \
+             price_book, cost_pico, finish_reason FROM usage_events WHERE request_id = $1",
+            args![request_id.to_string().as_str()],
         )
         .await?)
 }

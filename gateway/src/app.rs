@@ -4,12 +4,13 @@ use serde::{Deserialize, Serialize};
 use sluice_billing::Billing;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{auth::Auth, metrics::Metrics, route::Nodes, webhooks::Webhooks};
+use crate::{auth::Auth, metrics::Metrics, receipts::Receipts, route::Nodes, webhooks::Webhooks};
 
 /// The parts every request passes. One for the life of the process, behind an `Arc`.
 pub struct App {
     pub auth: Auth,
     pub billing: Billing,
+    pub receipts: Receipts,
     pub nodes: Nodes,
     pub limits: Limits,
     pub metrics: Metrics,

@@ -9,10 +9,12 @@
 
 use std::{sync::Arc, time::Instant};
 
-use sluice_billing::{AccountId, AdmitRequest, Hold, RequestId, ServiceTier};
+use sluice_billing::{
+    AccountId, AdmitRequest, Hold, Media, Money, PinnedPrices, RequestId, ServiceTier, UsageEvent,
+};
 use sluice_proto::node::v1::{
-    ChatMessage, ChatPrompt, Constraint, JsonObject, ModelDescription, Start, TokenLogprobs, ToolCallDelta,
-    ToolCalls, ToolChoice as NodeToolChoice, constraint::Kind, tokenize_request::Input,
+    ChatMessage, ChatPrompt, Constraint, JsonObject, ModelDescription, Priority, Start, TokenLogprobs,
+    ToolCallDelta, ToolCalls, ToolChoice as NodeToolChoice, constraint::Kind, tokenize_request::Input,
 };
 use time::OffsetDateTime;
 use tokio::sync::mpsc;
@@ -68,6 +70,8 @@ pub struct Delta {
     pub logprobs: Vec<TokenLogprobs>,
     /// Pieces of calls, by index. The first of a call has its name.
     pub tool_calls: Vec<ToolCallDelta>,
+    /// Where it was asked for: what the request would be billed if it ended here.
+    pub cost_so_far: Option<Money>,
 }
 
 impl Delta {
@@ -80,10 +84,14 @@ impl Delta {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finish {
     pub reason: FinishReason,
     pub usage: Usage,
+    /// What was billed.
+    pub cost: Money,
+    /// The bill, signed for the caller to keep.
+    pub receipt: String,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,6 +111,17 @@ pub struct Usage {
     pub completion_tokens: u64,
 }
 
+impl Usage {
+    pub fn of(bill: &UsageEvent) -> Usage {
+        let billed = bill.quantities;
+        Usage {
+            prompt_tokens: billed.input_tokens + billed.cached_input_tokens,
+            cached_prompt_tokens: billed.cached_input_tokens,
+            completion_tokens: billed.output_tokens,
+        }
+    }
+}
+
 /// The caller's end of the stream: bounded, and closed when the caller is gone.
 pub type Events = mpsc::Sender<Result<Event, ApiError>>;
 
@@ -111,6 +130,7 @@ pub struct Completion {
     pub request_id: Uuid,
     pub model: Arc<ModelDescription>,
     pub created_s: i64,
+    pub service_tier: ServiceTier,
     first: Option<Event>,
     events: mpsc::Receiver<Result<Event, ApiError>>,
     ended: bool,
@@ -143,12 +163,12 @@ pub async fn start(
 ) -> Result<Completion, ApiError> {
     let model = app.nodes.model(request.model.as_str())?;
     let (sender, mut events) = mpsc::channel(app.limits.events_buffered_max.max(1));
-    let request_id = caller.request_id;
+    let (request_id, service_tier) = (caller.request_id, request.service_tier);
     let work = run(app.clone(), caller, model.clone(), request, sender);
     app.tracker.spawn(work.instrument(tracing::Span::current()));
     let first = events.recv().await.unwrap_or_else(|| Err(relay_died()))?;
     let created_s = OffsetDateTime::now_utc().unix_timestamp();
-    Ok(Completion { request_id, model, created_s, first: Some(first), events, ended: false })
+    Ok(Completion { request_id, model, created_s, service_tier, first: Some(first), events, ended: false })
 }
 
 impl Completion {
@@ -238,6 +258,8 @@ async fn run(
 /// A request whose tokens are counted and whose money is held.
 pub struct Admitted {
     pub hold: Hold,
+    /// For a caller that wants to know the cost so far.
+    pub prices: Option<PinnedPrices>,
     pub start: Start,
     /// What it weighs on a node.
     pub tokens: u64,
@@ -276,9 +298,10 @@ async fn admit(
             api_key: principal.key_id.clone(),
             user: request.user.as_str().to_owned(),
             model: model.name.clone(),
-            service_tier: ServiceTier::Default,
+            service_tier: request.service_tier,
             input_tokens,
             output_tokens_max,
+            media_max: Media::default(),
             admitted_at: OffsetDateTime::now_utc(),
         })
         .await?;
@@ -304,6 +327,7 @@ async fn admit(
         stop_strings: request.stop.as_slice().to_vec(),
         // Each key is a flow of its own: one that floods the node does not hold up its siblings.
         tenant: format!("{}/{}", principal.account_id, principal.key_id),
+        priority: priority(request.service_tier).into(),
         output_tokens_min: shape.output_tokens_min,
         ignore_end_of_sequence: shape.ignore_end_of_sequence,
         top_logprobs: shape.top_logprobs,
@@ -311,7 +335,18 @@ async fn admit(
         stop_ids: shape.stop_ids,
         ..Start::default()
     };
-    Ok(Some(Admitted { hold, start, tokens: input_tokens + output_tokens_max.min(OUTPUT_TOKENS_EXPECTED) }))
+    let prices = request.cost_so_far.then(|| hold.prices());
+    let tokens = input_tokens + output_tokens_max.min(OUTPUT_TOKENS_EXPECTED);
+    Ok(Some(Admitted { hold, prices, start, tokens }))
+}
+
+/// Who pays for another tier is served by it.
+fn priority(tier: ServiceTier) -> Priority {
+    match tier {
+        ServiceTier::Batch => Priority::Batch,
+        ServiceTier::Default => Priority::Normal,
+        ServiceTier::Priority => Priority::High,
+    }
 }
 
 /// Tools that may be called and a format of the text do not go together: dialects refuse that.

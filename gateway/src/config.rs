@@ -18,7 +18,7 @@ use figment::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{app::Limits, server::ConnectionLimits, webhooks::WebhookSettings};
+use crate::{app::Limits, receipts::ReceiptSettings, server::ConnectionLimits, webhooks::WebhookSettings};
 
 /// Everything an operator can set. Unknown names are refused, so that a typing error is not a silent default.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -41,6 +41,7 @@ pub struct Config {
     pub node: EmbeddedNode,
     pub connections: ConnectionLimits,
     pub limits: Limits,
+    pub receipts: ReceiptSettings,
     pub webhooks: WebhookSettings,
 }
 
@@ -57,6 +58,7 @@ impl Default for Config {
             node: EmbeddedNode::default(),
             connections: ConnectionLimits::default(),
             limits: Limits::default(),
+            receipts: ReceiptSettings::default(),
             webhooks: WebhookSettings::default(),
         }
     }
@@ -120,6 +122,11 @@ impl Config {
 
     pub fn outbox_path(&self) -> PathBuf {
         self.data_dir.join("outbox.db")
+    }
+
+    /// The key that signs receipts.
+    pub fn receipt_key_path(&self) -> PathBuf {
+        self.receipts.key_file.clone().unwrap_or_else(|| self.data_dir.join("receipt-key"))
     }
 
     pub fn credentials_path(&self) -> PathBuf {

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use axum::response::{IntoResponse, Response};
 use http::{HeaderName, HeaderValue, StatusCode, header};
-use sluice_billing::{AdmitError, BillingError};
+use sluice_billing::{AdmitError, BillingError, ServiceTier};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
@@ -355,7 +355,13 @@ impl From<AdmitError> for ApiError {
         match error {
             AdmitError::InsufficientCredit { .. } => ApiError::InsufficientQuota,
             AdmitError::OverBudget { budget, .. } => ApiError::OverBudget { budget },
-            AdmitError::NoPrice { model } => ApiError::NoPrice { model },
+            AdmitError::NoPrice { model, service_tier: ServiceTier::Default } => ApiError::NoPrice { model },
+            AdmitError::NoPrice { model, service_tier } => {
+                let message = format!(
+                    "is not supported with this value: the model '{model}' has no {service_tier} price"
+                );
+                ApiError::field(Fault::UnsupportedValue, "service_tier", message)
+            }
             AdmitError::OutboxFull { retry_after } => {
                 ApiError::BillingUnavailable { source: None, retry_after }
             }

@@ -21,6 +21,7 @@ pub mod error;
 pub mod health;
 pub mod metrics;
 pub mod node_client;
+pub mod receipts;
 pub mod relay;
 pub mod request;
 pub mod route;

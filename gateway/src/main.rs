@@ -13,7 +13,7 @@ async fn main() -> std::process::ExitCode {
         Err(error) => {
             // Nobody may be reading.
             let _ = writeln!(std::io::stderr(), "error: {error:#}");
-            std::process::ExitCode::FAILURE
+            std::process::ExitCode::from(sluice_gateway::cli::exit_status(&error))
         }
     }
 }

@@ -17,7 +17,9 @@ use std::{
 };
 
 use futures::future::BoxFuture;
-use sluice_billing::{FinishReason as Billed, Hold, Outcome, VoidCause};
+use sluice_billing::{
+    FinishReason as Billed, Hold, Media, Money, Outcome, PinnedPrices, Quantities, UsageEvent, VoidCause,
+};
 use sluice_proto::node::v1::{
     FinishReason as NodeReason, Grant, Start, Usage as Counted, generate_response::Event as NodeEvent,
 };
@@ -51,7 +53,7 @@ pub async fn run(
     admitted: Admitted,
     events: &Events,
 ) -> Result<Option<Finish>, ApiError> {
-    let Admitted { hold, start, tokens } = admitted;
+    let Admitted { hold, prices, start, tokens } = admitted;
     let purse = Purse::new(hold);
     let mut relay = Relay {
         app,
@@ -59,6 +61,7 @@ pub async fn run(
         client: Client { app, caller, events },
         start,
         purse,
+        prices,
         granted: Grant::default(),
         counted: Counted::default(),
         node: String::new(),
@@ -75,6 +78,8 @@ struct Relay<'a> {
     client: Client<'a>,
     start: Start,
     purse: Purse,
+    /// Where the caller wants to know the cost so far.
+    prices: Option<PinnedPrices>,
     /// What the node was last granted.
     granted: Grant,
     /// What the node last said it used.
@@ -185,8 +190,12 @@ impl Relay<'_> {
                 Some(NodeEvent::Delta(delta)) => {
                     let first = self.first_token.is_none();
                     self.note_token();
-                    let delta =
-                        Delta { text: delta.text, logprobs: delta.logprobs, tool_calls: delta.tool_calls };
+                    let delta = Delta {
+                        text: delta.text,
+                        logprobs: delta.logprobs,
+                        tool_calls: delta.tool_calls,
+                        cost_so_far: self.cost_so_far(),
+                    };
                     // An empty one still tells a caller that waits for the first token that it has come.
                     if first || !delta.is_empty() {
                         room.send(Ok(Event::Delta(delta)));
@@ -197,6 +206,13 @@ impl Relay<'_> {
             }
             self.raise_grant(sequence);
         }
+    }
+
+    fn cost_so_far(&self) -> Option<Money> {
+        let Counted { input_tokens, cached_input_tokens, output_tokens } = self.counted;
+        let counted =
+            Quantities { input_tokens, cached_input_tokens, output_tokens, ..Quantities::default() };
+        self.prices.as_ref()?.cost_of(counted, self.purse.covered)
     }
 
     fn note_token(&mut self) {
@@ -272,7 +288,7 @@ impl Relay<'_> {
                 let source = "the node ended the sequence without being asked to".into();
                 self.fail(ApiError::NodeFailed { source, retry_after: RETRY_AFTER }).await
             }
-            Ended::Gone => self.pay_for_used().await.map(|_| None),
+            Ended::Gone => self.pay_for_used().await.map(|()| None),
             Ended::ByUs(error) => self.give_up(error).await,
             // The request's own fault, found while it was computed: a format that no token can follow.
             Ended::Failed(error @ ApiError::Field { .. }) => self.give_up(error).await,
@@ -281,18 +297,21 @@ impl Relay<'_> {
     }
 
     async fn finish(self, billed: Billed, reason: FinishReason) -> Result<Option<Finish>, ApiError> {
-        let usage = self.settle(billed).await?;
-        Ok(Some(Finish { reason, usage }))
+        let app = self.app;
+        let bill = self.settle(billed).await?;
+        // Some 30 us, after an fsync that took far longer: not worth a thread of its own.
+        let receipt = app.receipts.sign(&bill);
+        Ok(Some(Finish { reason, usage: Usage::of(&bill), cost: bill.cost, receipt }))
     }
 
     /// Bills what was computed for a caller that gets no more of it.
-    async fn pay_for_used(self) -> Result<Usage, ApiError> {
+    async fn pay_for_used(self) -> Result<(), ApiError> {
         let Counted { input_tokens, cached_input_tokens, output_tokens } = self.counted;
         if input_tokens + cached_input_tokens + output_tokens == 0 {
             self.void(VoidCause::ClientGone).await;
-            return Ok(Usage::default());
+            return Ok(());
         }
-        self.settle(Billed::Cancelled).await
+        self.settle(Billed::Cancelled).await.map(drop)
     }
 
     async fn give_up(self, error: ApiError) -> Result<Option<Finish>, ApiError> {
@@ -315,12 +334,16 @@ impl Relay<'_> {
         self.purse.into_hold().await.void(cause).await;
     }
 
-    async fn settle(self, finish_reason: Billed) -> Result<Usage, ApiError> {
+    /// The bill, which is durable.
+    async fn settle(self, finish_reason: Billed) -> Result<UsageEvent, ApiError> {
         let since = |instant: Instant| (instant - self.caller.received).as_millis() as u64;
         let outcome = Outcome {
             input_tokens: self.counted.input_tokens,
             cached_input_tokens: self.counted.cached_input_tokens,
             output_tokens: self.counted.output_tokens,
+            // Nodes count reasoning as output.
+            reasoning_tokens: 0,
+            media: Media::default(),
             finish_reason,
             node: self.node,
             time_to_first_token_ms: self.first_token.map(since),
@@ -329,12 +352,7 @@ impl Relay<'_> {
         let bill = self.purse.into_hold().await.settle(outcome).await.map_err(|error| {
             ApiError::BillingUnavailable { source: Some(error.into()), retry_after: RETRY_AFTER }
         })?;
-        let billed = bill.quantities;
-        let usage = Usage {
-            prompt_tokens: billed.input_tokens + billed.cached_input_tokens,
-            cached_prompt_tokens: billed.cached_input_tokens,
-            completion_tokens: billed.output_tokens,
-        };
+        let usage = Usage::of(&bill);
         self.app.metrics.tokens(&self.start.model, &usage);
         tracing::info!(
             model = self.start.model,
@@ -347,7 +365,7 @@ impl Relay<'_> {
             duration_ms = bill.duration_ms,
             "settled"
         );
-        Ok(usage)
+        Ok(bill)
     }
 }
 

@@ -5,6 +5,8 @@
 
 use std::num::NonZeroU32;
 
+use sluice_billing::ServiceTier;
+
 /// Stop strings a request may name.
 pub const STOP_STRINGS_MAX: usize = 4;
 /// Bytes of one stop string: what the node may have to hold back.
@@ -52,8 +54,11 @@ pub struct CompletionRequest {
     pub sampling: Sampling,
     pub stop: StopStrings,
     pub shape: Shape,
+    pub service_tier: ServiceTier,
     /// The caller's own end user, for usage reports. May be empty.
     pub user: EndUser,
+    /// Each piece of the answer says what the request has cost so far.
+    pub cost_so_far: bool,
 }
 
 /// What the model continues.

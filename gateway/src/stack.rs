@@ -38,7 +38,7 @@ use crate::{
     complete::{Caller, Delivery},
     dialect::{grpc, models, openai_chat, openai_completions},
     error::{ApiError, Protocol, RETRY_AFTER},
-    health, webhooks,
+    health, receipts, webhooks,
 };
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -57,12 +57,13 @@ pub fn service(app: Arc<App>) -> Router {
     app.metrics.observe(&app.billing, &app.nodes, &permits, permits_max);
     app.metrics.observe_webhooks(&app.webhooks);
 
+    let with_trailers = ServiceBuilder::new().map_response(grpc::append_trailers);
     let with_key = Router::new()
         .route("/v1/chat/completions", post(openai_chat::create))
         .route("/v1/completions", post(openai_completions::create))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*name}", get(models::get))
-        .route_service(&every_method_of(chat::SERVICE_NAME), grpc::chat_service(&app))
+        .route_service(&every_method_of(chat::SERVICE_NAME), with_trailers.service(grpc::chat_service(&app)))
         .route_service(&every_method_of(model::SERVICE_NAME), grpc::model_service(&app))
         .route_layer(
             ServiceBuilder::new()
@@ -78,6 +79,7 @@ pub fn service(app: Arc<App>) -> Router {
     with_key
         .merge(with_admin_key)
         .merge(health::routes(&app))
+        .merge(receipts::routes())
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(

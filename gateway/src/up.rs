@@ -25,6 +25,7 @@ use crate::{
     auth::Auth,
     config::Config,
     metrics::Metrics,
+    receipts::Receipts,
     route::{NodeEndpoint, Nodes},
     server, stack, store,
     webhooks::Webhooks,
@@ -47,6 +48,7 @@ pub async fn run(config: Config, json: bool) -> anyhow::Result<()> {
         limits: BillingLimits::default(),
     })
     .await?;
+    let receipts = Receipts::open(&config)?;
     let credentials = tenant::ensure(&database, &billing, &config.credentials_path()).await?;
 
     let webhooks = Webhooks::new(database.clone(), config.webhooks.clone())?;
@@ -56,6 +58,7 @@ pub async fn run(config: Config, json: bool) -> anyhow::Result<()> {
     let app = Arc::new(App {
         auth: Auth::new(database.clone()),
         billing: billing.clone(),
+        receipts,
         nodes: fleet.nodes.clone(),
         limits: config.limits.clone(),
         metrics: Metrics::new(),

@@ -12,13 +12,15 @@ use std::{
 use futures::{StreamExt, stream::BoxStream};
 use serde_json::{Value, json};
 use sluice_billing::{
-    AccountId, AccountKind, Billing, BillingLimits, BillingOptions, CreditGrant, Money, PriceBook, UsageQuery,
+    AccountId, AccountKind, Billing, BillingLimits, BillingOptions, CreditGrant, Money, PriceBook,
+    ReceiptKeys, UsageQuery,
 };
 use sluice_gateway::{
     app::{App, Limits},
     auth::{Auth, Role, Tenancy},
     config::Config,
     metrics::Metrics,
+    receipts::Receipts,
     route::{NodeEndpoint, Nodes},
     server::{self, ConnectionLimits},
     stack, store,
@@ -209,9 +211,11 @@ impl Gateway {
         for node in nodes {
             endpoints.push(NodeEndpoint::Url(serve_node(node.clone()).await));
         }
+        let config = Config { data_dir: folder.path().to_path_buf(), ..Config::default() };
         let app = Arc::new(App {
             auth: Auth::new(database.clone()),
             billing,
+            receipts: Receipts::open(&config).expect("a receipt key"),
             nodes: Nodes::connect(endpoints).await.expect("nodes"),
             limits,
             metrics: Metrics::new(),
@@ -230,9 +234,13 @@ impl Gateway {
     }
 
     async fn chat(&self, tokens_max: u64, stream: bool) -> reqwest::Response {
+        self.chat_with(tokens_max, stream, json!({ "include_usage": true })).await
+    }
+
+    async fn chat_with(&self, tokens_max: u64, stream: bool, stream_options: Value) -> reqwest::Response {
         let body = json!({
             "model": MODEL, "messages": [{ "role": "user", "content": "hi" }], "max_tokens": tokens_max,
-            "stream": stream, "stream_options": { "include_usage": true },
+            "stream": stream, "stream_options": stream_options,
         });
         let request = self.http.post(format!("{}/v1/chat/completions", self.base)).bearer_auth(&self.key);
         request.json(&body).send().await.expect("an answer")
@@ -377,6 +385,31 @@ async fn generation_ends_at_the_token_the_credit_affords() {
         assert_eq!(broke.headers()["x-should-retry"], "false");
         assert_eq!(gateway.billed().await, (1, affordable as u64));
     }
+}
+
+/// Each token is a piece here: its cost so far is the prompt's and that of the tokens until then, and the last is the bill's.
+#[tokio::test]
+async fn each_piece_says_what_the_request_has_cost_so_far() {
+    let gateway = Gateway::start(&[ScriptedNode::default()], RICH, Limits::default()).await;
+    let response = gateway.chat_with(600, true, json!({ "include_cost": true })).await;
+    let text = response.text().await.expect("the whole stream");
+    let frames = frames_of(&text);
+    let frames: Vec<Value> =
+        frames[..frames.len() - 1].iter().map(|frame| serde_json::from_str(frame).expect("JSON")).collect();
+    let cost = |value: &Value| Money::from_usd_str(value.as_str().expect("a decimal")).expect("money").pico();
+    let so_far: Vec<i64> =
+        frames.iter().filter_map(|frame| frame["sluice"].get("cost_usd_so_far")).map(cost).collect();
+    let prompt = PROMPT_TOKENS as i64 * INPUT_PICO;
+    assert_eq!(so_far, (1..=600).map(|tokens| prompt + tokens * OUTPUT_PICO).collect::<Vec<_>>());
+
+    let end = &frames.last().expect("frames")["sluice"];
+    assert_eq!(cost(&end["cost_usd"]), prompt + 600 * OUTPUT_PICO);
+    let jwks = gateway.http.get(format!("{}/.well-known/sluice/jwks.json", gateway.base)).send().await;
+    let jwks = jwks.expect("an answer").text().await.expect("a key set");
+    let keys = ReceiptKeys::from_jwks(&jwks).expect("a key set");
+    let receipt = keys.verify(end["receipt"].as_str().expect("a receipt")).expect("a good one");
+    assert_eq!((receipt.quantities.output_tokens, receipt.cost.pico()), (600, cost(&end["cost_usd"])));
+    assert_eq!(gateway.billed().await, (1, 600));
 }
 
 #[tokio::test]

@@ -34,8 +34,6 @@ fn settings() -> WebhookSettings {
         allow_private_addresses: true,
         allow_http: true,
         poll_interval_ms: 5,
-        timeout_ms: 1_000,
-        lease_margin_ms: 200,
         ..WebhookSettings::default()
     }
 }
@@ -98,7 +96,11 @@ impl Platform {
     }
 
     fn gateway(&self, stop: &CancellationToken) -> JoinHandle<()> {
-        let webhooks = Webhooks::new(self.database.clone(), settings()).expect("the settings are valid");
+        self.gateway_with(settings(), stop)
+    }
+
+    fn gateway_with(&self, settings: WebhookSettings, stop: &CancellationToken) -> JoinHandle<()> {
+        let webhooks = Webhooks::new(self.database.clone(), settings).expect("the settings are valid");
         tokio::spawn(webhooks.run(stop.clone()))
     }
 
@@ -178,7 +180,9 @@ async fn several_gateways_deliver_each_event_once(database_url: Option<String>) 
 async fn what_a_dead_gateway_was_sending_is_sent_by_another(database_url: Option<String>) {
     let platform = Platform::start(database_url).await;
     platform.receiver.answers.forget_permits(Semaphore::MAX_PERMITS);
-    let dies = platform.gateway(&CancellationToken::new());
+    // Its lease ends soon after it.
+    let short = WebhookSettings { timeout_ms: 1_000, lease_margin_ms: 200, ..settings() };
+    let dies = platform.gateway_with(short, &CancellationToken::new());
     platform.raise(0).await;
     let sent = async {
         while platform.receiver.seen().is_empty() {

@@ -145,7 +145,7 @@ impl Cluster {
 
 /// A decimal string of dollars, as all JSON of Sluice writes money.
 #[track_caller]
-fn pico_of(value: &Value) -> i64 {
+pub fn pico_of(value: &Value) -> i64 {
     pico_of_text(value.as_str().unwrap_or_else(|| panic!("money is a decimal string, not {value}")))
 }
 

@@ -29,7 +29,7 @@ mod sse;
 pub use binaries::{binary, repository, run_to_end, run_to_json};
 pub use checkpoint::{bundled_model, copy_of, random_model};
 pub use cluster::{Cluster, ClusterOptions};
-pub use customer::{Customer, Price, Usage};
+pub use customer::{Customer, Price, Usage, pico_of};
 pub use metrics::Metrics;
 pub use patience::eventually;
 pub use process::{Process, Signal};

@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     catalog::Catalog,
-    event::Quantities,
+    event::{AccountId, Quantities, ServiceTier},
     money::Money,
     price::{Line, PriceBookHash, cost},
 };
@@ -62,6 +62,9 @@ pub(crate) static COST: Table = Table {
         column("meter", Kind::Text),
         column("quantity", Kind::Count).control(),
         column("unit_price", Kind::Decimal),
+        column("unit_size", Kind::Count),
+        column("list_unit_price", Kind::Decimal),
+        column("list_unit_size", Kind::Count),
         column("price_book", Kind::Text),
         column("currency", Kind::Text),
         column("cost", Kind::Decimal).control(),
@@ -88,7 +91,11 @@ pub(crate) fn lines(catalog: &Catalog, event: &EventFact) -> Result<Vec<Line>, E
         derived,
     };
     let book = catalog.get(&PriceBookHash::from_stored(event.price_book.clone()))?;
-    let lines = book.price(&event.model, &quantities).map_err(|error| not_derived(error.to_string()))?;
+    let tier = ServiceTier::parse(&event.service_tier);
+    let tier = tier.ok_or_else(|| not_derived(format!("no service tier {}", event.service_tier)))?;
+    let account = AccountId::new(event.account.clone());
+    let lines = book.price(&account, &event.model, tier, &quantities);
+    let lines = lines.map_err(|error| not_derived(error.to_string()))?;
     match cost(&lines) {
         Some(derived) if derived == billed => Ok(lines),
         derived => Err(not_derived(derived.map_or("too much".to_owned(), |derived| derived.to_string()))),
@@ -125,7 +132,7 @@ pub(crate) fn usage_cells(event: &EventFact) -> [Cell<'_>; 25] {
     ]
 }
 
-pub(crate) fn cost_cells<'a>(event: &'a EventFact, line: &'a Line) -> [Cell<'a>; 17] {
+pub(crate) fn cost_cells<'a>(event: &'a EventFact, line: &'a Line) -> [Cell<'a>; 20] {
     [
         Cell::Count(event.ordinal),
         Cell::text(&event.request_id),
@@ -141,6 +148,9 @@ pub(crate) fn cost_cells<'a>(event: &'a EventFact, line: &'a Line) -> [Cell<'a>;
         Cell::text(line.meter.to_string()),
         Cell::Count(i64::try_from(line.quantity).unwrap_or(i64::MAX)),
         Cell::Decimal(line.unit_price.pico().into()),
+        Cell::Count(i64::try_from(line.unit_size).unwrap_or(i64::MAX)),
+        Cell::Decimal(line.list_unit_price.pico().into()),
+        Cell::Count(i64::try_from(line.list_unit_size).unwrap_or(i64::MAX)),
         Cell::text(&event.price_book),
         Cell::text(CURRENCY),
         Cell::Decimal(line.amount.pico().into()),

@@ -172,11 +172,17 @@ pub(crate) struct Charge {
     start_ms: i64,
     billed: i128,
     effective: i128,
-    /// At list price and at the account's own. Books have one price for both.
+    /// At the account's own price, and at the list's.
+    contracted: i128,
     listed: i128,
     quantity: i128,
     unit: &'static str,
+    /// How many times the unit price is due, and for how many units each time.
+    priced_quantity: i128,
+    unit_size: u64,
     unit_price: i128,
+    /// None: the list sells another size of package, or none at all at a price of this unit.
+    list_unit_price: Option<i128>,
     sku: String,
     sku_price: String,
     meter: &'static str,
@@ -219,12 +225,17 @@ struct Key {
     texts: [usize; 8],
     meter: Meter,
     unit_price: i64,
+    unit_size: u64,
+    list_unit_price: i64,
+    list_unit_size: u64,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Sum {
     quantity: i128,
+    priced_quantity: i128,
     amount: i128,
+    listed: i128,
 }
 
 impl Charges {
@@ -239,10 +250,20 @@ impl Charges {
         let hour_ms = event.admitted_at_ms.div_euclid(HOUR_MS) * HOUR_MS;
         for line in lines {
             let texts = [account, org, project, api_key, model, tier, book, self.number(&line.sku)];
-            let key = Key { hour_ms, texts, meter: line.meter, unit_price: line.unit_price.pico() };
+            let key = Key {
+                hour_ms,
+                texts,
+                meter: line.meter,
+                unit_price: line.unit_price.pico(),
+                unit_size: line.unit_size,
+                list_unit_price: line.list_unit_price.pico(),
+                list_unit_size: line.list_unit_size,
+            };
             let sum = self.sums.entry(key).or_default();
             sum.quantity += i128::from(line.quantity);
+            sum.priced_quantity += i128::from(line.priced_quantity());
             sum.amount += i128::from(line.amount.pico());
+            sum.listed += line.list_amount().pico();
         }
     }
 
@@ -252,7 +273,9 @@ impl Charges {
         self.numbers.clear();
         let mut sums: Vec<_> = self.sums.drain().collect();
         sums.sort_by(|(left, _), (right, _)| {
-            let order = |key: &Key| (key.meter, key.unit_price);
+            let order = |key: &Key| {
+                (key.meter, key.unit_price, key.unit_size, key.list_unit_price, key.list_unit_size)
+            };
             let named = |key: &Key| key.texts.map(|number| texts[number].as_str());
             (left.hour_ms, named(left), order(left)).cmp(&(right.hour_ms, named(right), order(right)))
         });
@@ -278,6 +301,11 @@ fn usage_charge(key: &Key, sum: Sum, texts: [String; 8], prepaid: bool) -> Charg
         Meter::Input => ("Tokens", "Input Tokens", "input"),
         Meter::CachedInput => ("Tokens", "Cached Input Tokens", "cached_input"),
         Meter::Output => ("Tokens", "Output Tokens", "output"),
+        Meter::Reasoning => ("Tokens", "Reasoning Tokens", "reasoning"),
+        Meter::Characters => ("Characters", "Characters", "characters"),
+        Meter::Seconds => ("Seconds", "Seconds", "seconds"),
+        Meter::Images => ("Images", "Images", "images"),
+        Meter::Requests => ("Requests", "Requests", "requests"),
     };
     Charge {
         category: "Usage",
@@ -287,10 +315,14 @@ fn usage_charge(key: &Key, sum: Sum, texts: [String; 8], prepaid: bool) -> Charg
         start_ms: key.hour_ms,
         billed: if prepaid { 0 } else { sum.amount },
         effective: sum.amount,
-        listed: sum.amount,
+        contracted: sum.amount,
+        listed: sum.listed,
         quantity: sum.quantity * i128::from(PICO_PER_USD),
         unit,
+        priced_quantity: sum.priced_quantity * i128::from(PICO_PER_USD),
+        unit_size: key.unit_size,
         unit_price: key.unit_price.into(),
+        list_unit_price: (key.list_unit_size == key.unit_size).then_some(key.list_unit_price.into()),
         // A SKU has a price in each book; the start of the book's hash tells them apart.
         sku_price: format!("{sku}@{}", price_book.get(..12).unwrap_or(&price_book)),
         sku,
@@ -310,10 +342,14 @@ pub(crate) fn purchase(grant: &GrantFact) -> Charge {
         start_ms: (grant.granted_at_s * 1_000).div_euclid(HOUR_MS) * HOUR_MS,
         billed: amount,
         effective: 0,
+        contracted: amount,
         listed: amount,
         quantity: amount,
         unit: "Credits",
+        priced_quantity: amount,
+        unit_size: 1,
         unit_price: PICO_PER_USD.into(),
+        list_unit_price: Some(PICO_PER_USD.into()),
         sku: CREDIT_SKU.to_owned(),
         sku_price: CREDIT_SKU.to_owned(),
         meter: "Prepaid Credit",
@@ -347,13 +383,17 @@ impl Charge {
             "ConsumedQuantity" => self.usage.as_ref().map_or(Cell::Null, |_| Cell::Decimal(self.quantity)),
             "ConsumedUnit" => self.usage.as_ref().map_or(Cell::Null, |_| Cell::text(self.unit)),
             "EffectiveCost" | "PricingCurrencyEffectiveCost" => Cell::Decimal(self.effective),
-            "ListCost" | "ContractedCost" => Cell::Decimal(self.listed),
-            "ListUnitPrice"
-            | "ContractedUnitPrice"
-            | "PricingCurrencyListUnitPrice"
-            | "PricingCurrencyContractedUnitPrice" => Cell::Decimal(self.unit_price),
+            "ListCost" => Cell::Decimal(self.listed),
+            "ContractedCost" => Cell::Decimal(self.contracted),
+            "ListUnitPrice" | "PricingCurrencyListUnitPrice" => {
+                self.list_unit_price.map_or(Cell::Null, Cell::Decimal)
+            }
+            "ContractedUnitPrice" | "PricingCurrencyContractedUnitPrice" => Cell::Decimal(self.unit_price),
             "PricingCategory" => Cell::text("Standard"),
-            "PricingQuantity" => Cell::Decimal(self.quantity),
+            "PricingQuantity" => Cell::Decimal(self.priced_quantity),
+            "PricingUnit" if self.unit_size > 1 => {
+                Cell::Text(Cow::Owned(format!("{} {}", self.unit_size, self.unit)))
+            }
             "PricingUnit" => Cell::text(self.unit),
             "InvoiceIssuerName" | "ProviderName" | "PublisherName" | "ServiceProviderName" | "HostProviderName" => {
                 Cell::text(provider)

@@ -89,7 +89,7 @@ async fn a_model_without_a_price_is_refused_and_a_free_one_needs_no_credit() {
     let mut unknown = request(1, 1);
     unknown.model = "nope".into();
     assert!(
-        matches!(world.billing.admit(unknown).await, Err(AdmitError::NoPrice { model }) if model == "nope")
+        matches!(world.billing.admit(unknown).await, Err(AdmitError::NoPrice { model, .. }) if model == "nope")
     );
     let mut early = request(1, 1);
     early.admitted_at = time::macros::datetime!(2025-12-31 23:59:59 UTC);

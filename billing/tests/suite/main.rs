@@ -7,4 +7,6 @@ mod exports;
 mod history;
 mod lifecycle;
 mod notices;
+mod prices;
+mod receipts;
 mod support;

@@ -11,7 +11,7 @@ use std::{
 
 use sluice_billing::{
     AccountId, AccountKind, AdmitRequest, Audit, Billing, BillingError, BillingLimits, BillingOptions, Clock,
-    CreditGrant, Database, DatabaseOptions, FinishReason, Money, Outcome, PriceBook, Raw, RequestId,
+    CreditGrant, Database, DatabaseOptions, FinishReason, Media, Money, Outcome, PriceBook, Raw, RequestId,
     ServiceTier,
 };
 use tempfile::TempDir;
@@ -149,6 +149,7 @@ pub fn request(input_tokens: u64, output_tokens_max: u64) -> AdmitRequest {
         service_tier: ServiceTier::Default,
         input_tokens,
         output_tokens_max,
+        media_max: Media::default(),
         admitted_at: START,
     }
 }
@@ -158,6 +159,8 @@ pub fn outcome(input_tokens: u64, cached_input_tokens: u64, output_tokens: u64) 
         input_tokens,
         cached_input_tokens,
         output_tokens,
+        reasoning_tokens: 0,
+        media: Media::default(),
         finish_reason: FinishReason::Stop,
         node: "node-0".into(),
         time_to_first_token_ms: Some(7),

@@ -5,6 +5,8 @@ mod budgets;
 mod export;
 mod keys;
 mod money;
+mod prices;
+mod receipt;
 mod webhooks;
 
 use std::{
@@ -50,6 +52,8 @@ enum Command {
     Usage(money::UsageArgs),
     /// What an account has left.
     Balance(money::BalanceArgs),
+    /// Apply price books, and show what is in force.
+    Prices(prices::PricesArgs),
     /// Add prepaid credit to an account.
     Credit(money::CreditArgs),
     /// Limit what an organisation, a project or a key spends in a day, a month or altogether.
@@ -60,7 +64,19 @@ enum Command {
     Webhooks(webhooks::WebhooksArgs),
     /// Check the books: every transaction, line, rollup and balance. Fails if one does not hold.
     Audit(money::AuditArgs),
+    /// Check receipts, the signed bills that come with each answer.
+    Receipt(receipt::ReceiptArgs),
     Export(export::ExportArgs),
+}
+
+/// What the caller gave is at fault, not what the command met: exit status 2, as for a wrong flag.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:#}")]
+pub struct Refused(anyhow::Error);
+
+/// The exit status of a command that failed.
+pub fn exit_status(error: &anyhow::Error) -> u8 {
+    if error.is::<Refused>() { 2 } else { 1 }
 }
 
 /// Where the configuration comes from; the same for every command.
@@ -159,17 +175,24 @@ impl Cli {
             Command::Keys(args) => args.run().await,
             Command::Usage(args) => args.run().await,
             Command::Balance(args) => args.run().await,
+            Command::Prices(args) => args.run().await,
             Command::Credit(args) => args.run().await,
             Command::Budgets(args) => args.run().await,
             Command::Migrate(args) => args.run().await,
             Command::Webhooks(args) => args.run().await,
             Command::Audit(args) => args.run().await,
+            Command::Receipt(args) => args.run().await,
             Command::Export(args) => args.run().await,
         }
     }
 }
 
 impl ConfigArgs {
+    /// The caller named an installation, and does not just have one by default.
+    fn is_given(&self) -> bool {
+        self.config.is_some() || self.data_dir.is_some() || self.database_url.is_some()
+    }
+
     fn load(&self) -> anyhow::Result<Config> {
         let flags = Flags {
             data_dir: self.data_dir.clone(),

@@ -7,6 +7,9 @@ use std::{
 };
 
 use futures::stream::BoxStream;
+use http::HeaderMap;
+use http_body_util::BodyExt;
+use sluice_billing::{Money, ServiceTier};
 use sluice_proto::{
     node::v1::ModelDescription,
     v1::{
@@ -17,13 +20,14 @@ use sluice_proto::{
         model_service_server::{ModelService, ModelServiceServer},
     },
 };
-use tonic::{Request, Response, Status, metadata::MetadataMap};
+use tonic::{Code, Request, Response, Status, metadata::MetadataMap};
 
 use crate::{
     app::App,
     auth::Principal,
-    complete::{self, Caller, Completion, Delivery, Event, FinishReason},
+    complete::{self, Caller, Completion, Delivery, Event, Finish, FinishReason},
     error::{ApiError, Fault},
+    receipts,
     request::{
         self, CompletionRequest, EndUser, Expected, Format, LogitBias, Message, Messages, ModelName, Penalty,
         Prompt, RepetitionPenalty, Role, Sampling, Shape, StopStrings, Temperature, TopP,
@@ -41,6 +45,16 @@ pub fn chat_service(app: &Arc<App>) -> ChatServiceServer<Api> {
 
 pub fn model_service(app: &Arc<App>) -> ModelServiceServer<Api> {
     ModelServiceServer::new(Api(app.clone())).max_decoding_message_size(app.limits.body_bytes_max)
+}
+
+/// What a handler leaves for the end of a response of one message, which in tonic has no trailers of its own.
+#[derive(Clone)]
+struct Trailers(HeaderMap);
+
+/// Sends what a handler left for the end, beside the status.
+pub fn append_trailers(mut response: http::Response<tonic::body::Body>) -> http::Response<tonic::body::Body> {
+    let Some(Trailers(trailers)) = response.extensions_mut().remove() else { return response };
+    response.map(|body| tonic::body::Body::new(body.with_trailers(std::future::ready(Some(Ok(trailers))))))
 }
 
 #[tonic::async_trait]
@@ -62,14 +76,16 @@ impl ChatService for Api {
             content: answer.text,
             name: String::new(),
         };
-        Ok(Response::new(CreateChatCompletionResponse {
+        let mut response = Response::new(CreateChatCompletionResponse {
             id: id(&completion),
             model: completion.model.name.clone(),
             created_s: completion.created_s,
             message: Some(message),
             finish_reason: finish_reason(answer.finish.reason).into(),
-            usage: Some(answer.finish.usage.into()),
-        }))
+            usage: Some(usage(&answer.finish)),
+        });
+        response.extensions_mut().insert(Trailers(HeaderMap::from_iter(receipts::headers(&answer.finish))));
+        Ok(response)
     }
 
     type StreamChatCompletionStream = BoxStream<'static, Result<StreamChatCompletionResponse, Status>>;
@@ -84,14 +100,25 @@ impl ChatService for Api {
             .start(&request, parameters, Delivery::Streamed)
             .await
             .map_err(|error| error.to_status(&arrival.id()))?;
-        let messages = futures::stream::unfold((completion, arrival), |(mut completion, arrival)| async {
+        let begun = (completion, arrival, None);
+        let messages = futures::stream::unfold(begun, |(mut completion, arrival, mut trailers)| async {
             loop {
-                let message = match completion.next().await? {
-                    Ok(Event::Delta(delta)) if delta.text.is_empty() => continue,
-                    Ok(event) => Ok(message(&completion, event)),
-                    Err(error) => Err(error.to_status(&arrival.id())),
+                let message = match completion.next().await {
+                    Some(Ok(Event::Delta(delta))) if delta.text.is_empty() => continue,
+                    Some(Ok(event)) => {
+                        if let Event::Finished(finish) = &event {
+                            trailers = Some(HeaderMap::from_iter(receipts::headers(finish)));
+                        }
+                        Ok(message(&completion, event))
+                    }
+                    Some(Err(error)) => Err(error.to_status(&arrival.id())),
+                    // tonic ends a stream with the trailers of a status; that of a success has room for ours.
+                    None => {
+                        let trailers = MetadataMap::from_headers(trailers.take()?);
+                        Err(Status::with_metadata(Code::Ok, "", trailers))
+                    }
                 };
-                return Some((message, (completion, arrival)));
+                return Some((message, (completion, arrival, trailers)));
             }
         });
         Ok(Response::new(Box::pin(messages)))
@@ -211,8 +238,10 @@ fn parse(parameters: &ChatParameters) -> Result<CompletionRequest, ApiError> {
             logit_bias: check("logit_bias", LogitBias::new(biases))?,
         },
         shape: Shape { format, ..Shape::default() },
+        service_tier: ServiceTier::Default,
         stop: check("stop", StopStrings::new(parameters.stop.clone()))?,
         user: check("user", EndUser::new(parameters.user.clone()))?,
+        cost_so_far: parameters.include_cost,
     })
 }
 
@@ -254,10 +283,14 @@ fn message(completion: &Completion, event: Event) -> StreamChatCompletionRespons
         ..StreamChatCompletionResponse::default()
     };
     match event {
-        Event::Delta(delta) => StreamChatCompletionResponse { content_delta: delta.text, ..head },
+        Event::Delta(delta) => StreamChatCompletionResponse {
+            content_delta: delta.text,
+            cost_usd_so_far: delta.cost_so_far.map(Money::to_usd_string).unwrap_or_default(),
+            ..head
+        },
         Event::Finished(finish) => StreamChatCompletionResponse {
             finish_reason: finish_reason(finish.reason).into(),
-            usage: Some(finish.usage.into()),
+            usage: Some(usage(&finish)),
             ..head
         },
     }
@@ -271,14 +304,10 @@ fn finish_reason(reason: FinishReason) -> proto::FinishReason {
     }
 }
 
-impl From<complete::Usage> for proto::Usage {
-    fn from(usage: complete::Usage) -> proto::Usage {
-        proto::Usage {
-            prompt_tokens: usage.prompt_tokens,
-            cached_prompt_tokens: usage.cached_prompt_tokens,
-            completion_tokens: usage.completion_tokens,
-        }
-    }
+fn usage(finish: &Finish) -> proto::Usage {
+    let complete::Usage { prompt_tokens, cached_prompt_tokens, completion_tokens } = finish.usage;
+    let cost_usd = finish.cost.to_usd_string();
+    proto::Usage { prompt_tokens, cached_prompt_tokens, completion_tokens, cost_usd }
 }
 
 fn model(description: ModelDescription) -> proto::Model {

@@ -3,11 +3,13 @@
 use http::{HeaderValue, Response};
 use serde::Serialize;
 use serde_json::Value;
+use sluice_billing::{Money, ServiceTier};
 
 use super::{fields::Fields, openai_shape};
 use crate::{
-    complete::{Finish, FinishReason, Usage},
-    error::ApiError,
+    complete::{Delta, Finish, FinishReason, Usage},
+    error::{ApiError, Fault},
+    receipts,
     request::{
         self, EndUser, ModelName, Penalty, RepetitionPenalty, Sampling, Shape, StopStrings, Temperature, TopP,
     },
@@ -18,15 +20,18 @@ use crate::{
 pub struct StreamOptions {
     pub stream: bool,
     pub include_usage: bool,
+    /// Ours: each chunk says what the request has cost so far.
+    pub include_cost: bool,
 }
 
 pub fn stream_options(body: &Fields<'_>) -> Result<StreamOptions, ApiError> {
     let stream = body.boolean("stream")?.unwrap_or(false);
-    let include_usage = match body.object("stream_options")? {
-        Some(options) => options.boolean("include_usage")?.unwrap_or(false),
-        None => false,
+    let Some(options) = body.object("stream_options")? else {
+        return Ok(StreamOptions { stream, ..StreamOptions::default() });
     };
-    Ok(StreamOptions { stream, include_usage })
+    let include_usage = options.boolean("include_usage")?.unwrap_or(false);
+    let include_cost = options.boolean("include_cost")?.unwrap_or(false);
+    Ok(StreamOptions { stream, include_usage, include_cost })
 }
 
 pub fn model(body: &Fields<'_>) -> Result<ModelName, ApiError> {
@@ -88,6 +93,28 @@ pub fn stop(body: &Fields<'_>) -> Result<StopStrings, ApiError> {
     body.check("stop", StopStrings::new(strings))
 }
 
+/// OpenAI's names: flexible requests are billed as batches, and nobody's `auto` is more than the default.
+pub fn service_tier(body: &Fields<'_>) -> Result<ServiceTier, ApiError> {
+    match body.string("service_tier")? {
+        None | Some("auto" | "default") => Ok(ServiceTier::Default),
+        Some("flex") => Ok(ServiceTier::Batch),
+        Some("priority") => Ok(ServiceTier::Priority),
+        Some(_) => {
+            let message = "must be one of auto, default, flex and priority";
+            Err(ApiError::field(Fault::Value, body.path("service_tier"), message))
+        }
+    }
+}
+
+/// The tier that served a request, as its answer tells it.
+pub fn service_tier_name(tier: ServiceTier) -> &'static str {
+    match tier {
+        ServiceTier::Default => "default",
+        ServiceTier::Batch => "flex",
+        ServiceTier::Priority => "priority",
+    }
+}
+
 pub fn user(body: &Fields<'_>) -> Result<EndUser, ApiError> {
     let user = body.string("user")?.unwrap_or_default();
     body.check("user", EndUser::new(user.to_owned()))
@@ -138,21 +165,57 @@ pub fn finish_reason(reason: FinishReason) -> &'static str {
     }
 }
 
-/// Our own field beside OpenAI's: says that `length` was the account's credit.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct Extension {
-    finish_reason: &'static str,
+/// Our own field beside OpenAI's, `sluice`, which clients that do not know it pass over.
+///
+/// ```text
+/// every chunk, if asked by include_cost   {"cost_usd_so_far":"0.000012"}
+/// the one with the finish reason          {"finish_reason":"budget"}        if `length` was the account's credit
+/// the last one                            {"cost_usd":"0.0000786","receipt":"eyJhbGciOi.."}
+/// ```
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Extension<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cost_usd_so_far: Option<Money>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cost_usd: Option<Money>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    receipt: Option<&'a str>,
 }
 
-pub fn extension(finish: &Finish) -> Option<Extension> {
-    (finish.reason == FinishReason::Budget).then_some(Extension { finish_reason: "budget" })
-}
-
-/// The same for whole answers, as a header: `x-sluice-finish-reason: budget`.
-pub fn mark_budget<B>(finish: &Finish, response: &mut Response<B>) {
-    if finish.reason == FinishReason::Budget {
-        response.headers_mut().insert("x-sluice-finish-reason", HeaderValue::from_static("budget"));
+impl<'a> Extension<'a> {
+    pub fn of_delta(delta: &Delta) -> Option<Extension<'a>> {
+        let cost_usd_so_far = Some(delta.cost_so_far?);
+        Some(Extension { cost_usd_so_far, ..Extension::default() })
     }
+
+    /// What goes with the finish reason, if more chunks follow.
+    pub fn of_reason(finish: &Finish) -> Option<Extension<'a>> {
+        let is_budget = finish.reason == FinishReason::Budget;
+        is_budget.then(|| Extension { finish_reason: Some("budget"), ..Extension::default() })
+    }
+
+    /// What goes with the usage, in a chunk after the one with the finish reason.
+    pub fn of_bill(finish: &'a Finish) -> Option<Extension<'a>> {
+        let (cost_usd, receipt) = (Some(finish.cost), Some(finish.receipt.as_str()));
+        Some(Extension { cost_usd, receipt, ..Extension::default() })
+    }
+
+    /// What goes with a finish reason that nothing follows.
+    pub fn of_end(finish: &'a Finish) -> Option<Extension<'a>> {
+        let finish_reason = Extension::of_reason(finish).and_then(|extension| extension.finish_reason);
+        Some(Extension { finish_reason, ..Extension::of_bill(finish)? })
+    }
+}
+
+/// The same for whole answers, as headers.
+pub fn mark<B>(finish: &Finish, response: &mut Response<B>) {
+    let headers = response.headers_mut();
+    if finish.reason == FinishReason::Budget {
+        headers.insert("x-sluice-finish-reason", HeaderValue::from_static("budget"));
+    }
+    headers.extend(receipts::headers(finish));
 }
 
 /// Tells two sets of weights behind one model name apart.

@@ -5,7 +5,7 @@
 //! data: {..."delta":{"content":"Hello"},"finish_reason":null}
 //! data: {..."delta":{"tool_calls":[{"index":0,"id":..,"type":"function","function":{..}}]},"finish_reason":null}
 //! data: {..."delta":{},"finish_reason":"stop"}
-//! data: {..."choices":[],"usage":{...}}          with stream_options.include_usage
+//! data: {..."choices":[],"usage":{...}}          with stream_options.include_usage; the last has "sluice":{"receipt":..}
 //! data: [DONE]
 //! ```
 
@@ -54,7 +54,7 @@ pub async fn create(
     }
     let answer = completion.whole().await?;
     let mut response = Json(whole(&head, &answer)).into_response();
-    openai::mark_budget(&answer.finish, &mut response);
+    openai::mark(&answer.finish, &mut response);
     Ok(response)
 }
 
@@ -66,6 +66,7 @@ fn parse(body: &Value) -> Result<(CompletionRequest, StreamOptions), ApiError> {
     let (format, tools) = (openai_shape::format(&body)?, openai_shape::tools(&body)?);
     openai_shape::refuse_format_beside_tools(&body, &format, tools.as_ref())?;
     let top_logprobs = openai_shape::top_logprobs(&body)?;
+    let options = openai::stream_options(&body)?;
     let request = CompletionRequest {
         model,
         prompt: Prompt::Chat(messages),
@@ -73,9 +74,11 @@ fn parse(body: &Value) -> Result<(CompletionRequest, StreamOptions), ApiError> {
         sampling: openai::sampling(&body)?,
         shape: Shape { format, tools, top_logprobs, ..openai::shape(&body)? },
         stop: openai::stop(&body)?,
+        service_tier: openai::service_tier(&body)?,
         user: openai::user(&body)?,
+        cost_so_far: options.stream && options.include_cost,
     };
-    Ok((request, openai::stream_options(&body)?))
+    Ok((request, options))
 }
 
 /// `max_completion_tokens`, or its older name; given both, the smaller.
@@ -209,6 +212,7 @@ struct Head {
     id: String,
     created: i64,
     model: String,
+    service_tier: &'static str,
     system_fingerprint: String,
 }
 
@@ -218,6 +222,7 @@ impl Head {
             id: format!("chatcmpl-{}", completion.request_id.simple()),
             created: completion.created_s,
             model: completion.model.name.clone(),
+            service_tier: openai::service_tier_name(completion.service_tier),
             system_fingerprint: openai::system_fingerprint(&completion.model.content_hash),
         }
     }
@@ -251,9 +256,10 @@ fn whole(head: &Head, answer: &complete::Answer) -> Value {
             "finish_reason": finish_reason(&answer.finish, called),
         }],
         "usage": UsageBody::from(answer.finish.usage),
+        "service_tier": head.service_tier,
         "system_fingerprint": head.system_fingerprint,
     });
-    if let Some(extension) = openai::extension(&answer.finish) {
+    if let Some(extension) = openai::Extension::of_reason(&answer.finish) {
         body["sluice"] = serde_json::json!(extension);
     }
     body
@@ -281,13 +287,14 @@ struct Chunk<'a> {
     object: &'static str,
     created: i64,
     model: &'a str,
+    service_tier: &'static str,
     system_fingerprint: &'a str,
     choices: Vec<Choice<'a>>,
     /// Outer absent: not asked for. Inner absent: null until its own chunk.
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Option<UsageBody>>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    sluice: Option<openai::Extension>,
+    sluice: Option<openai::Extension<'a>>,
 }
 
 #[derive(Serialize)]
@@ -337,6 +344,7 @@ impl ChatChunks {
             object: "chat.completion.chunk",
             created: self.head.created,
             model: &self.head.model,
+            service_tier: self.head.service_tier,
             system_fingerprint: &self.head.system_fingerprint,
             choices,
             usage: self.include_usage.then_some(None),
@@ -368,7 +376,8 @@ impl ChatChunks {
             ..Delta::default()
         };
         let logprobs = ChatLogprobs::of(&delta.logprobs);
-        self.chunk(vec![Choice { index: 0, delta: written, logprobs, finish_reason: None }])
+        let choice = Choice { index: 0, delta: written, logprobs, finish_reason: None };
+        Chunk { sluice: openai::Extension::of_delta(delta), ..self.chunk(vec![choice]) }
     }
 }
 
@@ -388,10 +397,12 @@ impl Codec for ChatChunks {
             Event::Finished(finish) => {
                 let reason = finish_reason(&finish, self.called);
                 let last = self.delta(Delta::default(), Some(reason));
-                frames.push(&Chunk { sluice: openai::extension(&finish), ..last });
-                if self.include_usage {
-                    frames.push(&Chunk { usage: Some(Some(finish.usage.into())), ..self.chunk(vec![]) });
+                if !self.include_usage {
+                    return frames.push(&Chunk { sluice: openai::Extension::of_end(&finish), ..last });
                 }
+                frames.push(&Chunk { sluice: openai::Extension::of_reason(&finish), ..last });
+                let (usage, sluice) = (finish.usage.into(), openai::Extension::of_bill(&finish));
+                frames.push(&Chunk { usage: Some(Some(usage)), sluice, ..self.chunk(vec![]) });
             }
         }
     }

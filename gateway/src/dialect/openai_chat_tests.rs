@@ -1,6 +1,7 @@
 //! What chat clients send and read, by example.
 
 use serde_json::json;
+use sluice_billing::{Money, ServiceTier};
 
 use super::*;
 use crate::complete::{Answer, Finish, FinishReason, ToolCall, Usage};
@@ -58,7 +59,10 @@ fn fields_at_fault_are_named() {
     refused(json!({ "stream": "yes" }), kind, "stream");
     refused(json!({ "stream_options": "x" }), kind, "stream_options");
     refused(json!({ "stream_options": { "include_usage": 1 } }), kind, "stream_options.include_usage");
+    refused(json!({ "stream_options": { "include_cost": "yes" } }), kind, "stream_options.include_cost");
     refused(json!({ "user": 5 }), kind, "user");
+    refused(json!({ "service_tier": 5 }), kind, "service_tier");
+    refused(json!({ "service_tier": "batch" }), value, "service_tier");
     refused(json!({ "logit_bias": [] }), kind, "logit_bias");
     refused(json!({ "logit_bias": { "a": 1 } }), value, "logit_bias");
     refused(json!({ "logit_bias": { "5": 101 } }), value, "logit_bias");
@@ -184,11 +188,26 @@ fn values_arrive() {
     assert_eq!(request.output_tokens_max.map(|limit| limit.get()), Some(7));
     assert_eq!(request.sampling.seed, Some(u64::MAX));
     assert_eq!(request.stop.as_slice(), ["x"]);
-    assert_eq!(options, StreamOptions { stream: true, include_usage: true });
+    assert_eq!(options, StreamOptions { stream: true, include_usage: true, include_cost: false });
+}
+
+#[test]
+fn service_tiers_have_openais_names() {
+    for (asked, tier, told) in [
+        (json!(null), ServiceTier::Default, "default"),
+        (json!("auto"), ServiceTier::Default, "default"),
+        (json!("default"), ServiceTier::Default, "default"),
+        (json!("flex"), ServiceTier::Batch, "flex"),
+        (json!("priority"), ServiceTier::Priority, "priority"),
+    ] {
+        let (request, _) = accepted(json!({ "service_tier": asked }));
+        assert_eq!((request.service_tier, openai::service_tier_name(request.service_tier)), (tier, told));
+    }
 }
 
 fn head() -> Head {
-    Head { id: "chatcmpl-1".into(), created: 7, model: "m".into(), system_fingerprint: "fp_0".into() }
+    let (id, model, system_fingerprint) = ("chatcmpl-1".into(), "m".into(), "fp_0".into());
+    Head { id, created: 7, model, service_tier: "flex", system_fingerprint }
 }
 
 fn text(text: &str) -> Event {
@@ -196,7 +215,8 @@ fn text(text: &str) -> Event {
 }
 
 fn finish(reason: FinishReason) -> Finish {
-    Finish { reason, usage: Usage { prompt_tokens: 3, cached_prompt_tokens: 1, completion_tokens: 2 } }
+    let usage = Usage { prompt_tokens: 3, cached_prompt_tokens: 1, completion_tokens: 2 };
+    Finish { reason, usage, cost: Money::from_pico(7_500_000), receipt: "a.b.c".into() }
 }
 
 #[track_caller]
@@ -206,7 +226,7 @@ fn streamed(include_usage: bool, events: Vec<Result<Event, ApiError>>, expect: &
     for event in events {
         out.extend_from_slice(&sse::frames(&mut chunks, event));
     }
-    let head = r#"{"id":"chatcmpl-1","object":"chat.completion.chunk","created":7,"model":"m","system_fingerprint":"fp_0","#;
+    let head = r#"{"id":"chatcmpl-1","object":"chat.completion.chunk","created":7,"model":"m","service_tier":"flex","system_fingerprint":"fp_0","#;
     let expect: String =
         expect.iter().map(|frame| format!("data: {}\n\n", frame.replace('@', head))).collect();
     assert_eq!(String::from_utf8(out).expect("UTF-8"), expect);
@@ -221,7 +241,7 @@ fn frames_of_a_stream() {
             r#"@"choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]}"#,
             r#"@"choices":[{"index":0,"delta":{"content":"Hé"},"logprobs":null,"finish_reason":null}]}"#,
             r#"@"choices":[{"index":0,"delta":{"content":"\n\""},"logprobs":null,"finish_reason":null}]}"#,
-            r#"@"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop"}]}"#,
+            r#"@"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop"}],"sluice":{"cost_usd":"0.0000075","receipt":"a.b.c"}}"#,
             "[DONE]",
         ],
     );
@@ -235,7 +255,26 @@ fn frames_with_usage_and_an_ended_budget() {
         &[
             r#"@"choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}],"usage":null}"#,
             r#"@"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"length"}],"usage":null,"sluice":{"finish_reason":"budget"}}"#,
-            r#"@"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2,"total_tokens":5,"prompt_tokens_details":{"cached_tokens":1}}}"#,
+            r#"@"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2,"total_tokens":5,"prompt_tokens_details":{"cached_tokens":1}},"sluice":{"cost_usd":"0.0000075","receipt":"a.b.c"}}"#,
+            "[DONE]",
+        ],
+    );
+}
+
+#[test]
+fn frames_with_the_cost_so_far_and_a_budget_that_ended_without_usage() {
+    let delta = |text: &str, pico| {
+        let cost_so_far = Some(Money::from_pico(pico));
+        Ok(Event::Delta(complete::Delta { cost_so_far, ..complete::Delta::text(text) }))
+    };
+    streamed(
+        false,
+        vec![delta("a", 5_000_000), delta("b", 6_000_000), Ok(Event::Finished(finish(FinishReason::Budget)))],
+        &[
+            r#"@"choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]}"#,
+            r#"@"choices":[{"index":0,"delta":{"content":"a"},"logprobs":null,"finish_reason":null}],"sluice":{"cost_usd_so_far":"0.000005"}}"#,
+            r#"@"choices":[{"index":0,"delta":{"content":"b"},"logprobs":null,"finish_reason":null}],"sluice":{"cost_usd_so_far":"0.000006"}}"#,
+            r#"@"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"length"}],"sluice":{"finish_reason":"budget","cost_usd":"0.0000075","receipt":"a.b.c"}}"#,
             "[DONE]",
         ],
     );
@@ -273,7 +312,7 @@ fn a_whole_answer() {
             "prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5,
             "prompt_tokens_details": { "cached_tokens": 1 },
         },
-        "system_fingerprint": "fp_0",
+        "service_tier": "flex", "system_fingerprint": "fp_0",
     });
     assert_eq!(whole(&head(), &answer), expect);
 }
@@ -297,7 +336,7 @@ fn frames_of_tool_calls() {
             r#"@"choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]}"#,
             r#"@"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"id":"call_100","type":"function","function":{"name":"a","arguments":"{"}}]},"logprobs":null,"finish_reason":null}]}"#,
             r#"@"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"function":{"arguments":"}"}},{"index":1,"id":"call_101","type":"function","function":{"name":"b","arguments":""}}]},"logprobs":null,"finish_reason":null}]}"#,
-            r#"@"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"tool_calls"}]}"#,
+            r#"@"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"tool_calls"}],"sluice":{"cost_usd":"0.0000075","receipt":"a.b.c"}}"#,
             "[DONE]",
         ],
     );

@@ -51,11 +51,11 @@ pub async fn create(
     let logprobs = TextLogprobs::of(&answer.logprobs, &mut TextOffset::default());
     let mut response = Json(TextCompletion {
         usage: Some(Some(answer.finish.usage.into())),
-        sluice: openai::extension(&answer.finish),
+        sluice: openai::Extension::of_reason(&answer.finish),
         ..chunks.chunk(vec![Choice::new(&answer.text, logprobs, Some(reason))])
     })
     .into_response();
-    openai::mark_budget(&answer.finish, &mut response);
+    openai::mark(&answer.finish, &mut response);
     Ok(response)
 }
 
@@ -77,6 +77,7 @@ fn parse(body: &Value) -> Result<(CompletionRequest, StreamOptions), ApiError> {
     }
     let logprobs =
         body.integer("logprobs")?.map(|count| request::top_logprobs(count, LOGPROBS_MAX)).transpose();
+    let options = openai::stream_options(&body)?;
     let limit = body.integer("max_tokens")?.map(request::output_tokens_max).transpose();
     let request = CompletionRequest {
         model,
@@ -85,9 +86,11 @@ fn parse(body: &Value) -> Result<(CompletionRequest, StreamOptions), ApiError> {
         sampling: openai::sampling(&body)?,
         shape: Shape { top_logprobs: body.check("logprobs", logprobs)?, ..openai::shape(&body)? },
         stop: openai::stop(&body)?,
+        service_tier: openai::service_tier(&body)?,
         user: openai::user(&body)?,
+        cost_so_far: options.stream && options.include_cost,
     };
-    Ok((request, openai::stream_options(&body)?))
+    Ok((request, options))
 }
 
 /// A string, token ids, or a list with one of either.
@@ -124,6 +127,7 @@ struct TextChunks {
     id: String,
     created: i64,
     model: String,
+    service_tier: &'static str,
     system_fingerprint: String,
     include_usage: bool,
     offset: TextOffset,
@@ -135,13 +139,14 @@ struct TextCompletion<'a> {
     object: &'static str,
     created: i64,
     model: &'a str,
+    service_tier: &'static str,
     system_fingerprint: &'a str,
     choices: Vec<Choice<'a>>,
     /// Outer absent: not asked for. Inner absent: null until its own chunk.
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Option<UsageBody>>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    sluice: Option<openai::Extension>,
+    sluice: Option<openai::Extension<'a>>,
 }
 
 #[derive(Serialize)]
@@ -164,6 +169,7 @@ impl TextChunks {
             id: format!("cmpl-{}", completion.request_id.simple()),
             created: completion.created_s,
             model: completion.model.name.clone(),
+            service_tier: openai::service_tier_name(completion.service_tier),
             system_fingerprint: openai::system_fingerprint(&completion.model.content_hash),
             include_usage,
             offset: TextOffset::default(),
@@ -176,6 +182,7 @@ impl TextChunks {
             object: "text_completion",
             created: self.created,
             model: &self.model,
+            service_tier: self.service_tier,
             system_fingerprint: &self.system_fingerprint,
             choices,
             usage: self.include_usage.then_some(None),
@@ -190,18 +197,20 @@ impl Codec for TextChunks {
             Event::Delta(delta) if delta.is_empty() => {}
             Event::Delta(delta) => {
                 let logprobs = TextLogprobs::of(&delta.logprobs, &mut self.offset);
-                frames.push(&self.chunk(vec![Choice::new(&delta.text, logprobs, None)]));
+                let sluice = openai::Extension::of_delta(&delta);
+                let choice = Choice::new(&delta.text, logprobs, None);
+                frames.push(&TextCompletion { sluice, ..self.chunk(vec![choice]) });
             }
             Event::Finished(finish) => {
                 let last =
                     self.chunk(vec![Choice::new("", None, Some(openai::finish_reason(finish.reason)))]);
-                frames.push(&TextCompletion { sluice: openai::extension(&finish), ..last });
-                if self.include_usage {
-                    frames.push(&TextCompletion {
-                        usage: Some(Some(finish.usage.into())),
-                        ..self.chunk(vec![])
-                    });
+                if !self.include_usage {
+                    return frames
+                        .push(&TextCompletion { sluice: openai::Extension::of_end(&finish), ..last });
                 }
+                frames.push(&TextCompletion { sluice: openai::Extension::of_reason(&finish), ..last });
+                let (usage, sluice) = (finish.usage.into(), openai::Extension::of_bill(&finish));
+                frames.push(&TextCompletion { usage: Some(Some(usage)), sluice, ..self.chunk(vec![]) });
             }
         }
     }
@@ -210,6 +219,7 @@ impl Codec for TextChunks {
 #[cfg(test)]
 mod tests {
     use serde_json::json;
+    use sluice_billing::Money;
 
     use super::*;
     use crate::complete::{Delta, Finish, FinishReason, Usage};
@@ -260,21 +270,24 @@ mod tests {
             id: "cmpl-1".into(),
             created: 7,
             model: "m".into(),
+            service_tier: "default",
             system_fingerprint: "fp_0".into(),
             include_usage: false,
             offset: TextOffset::default(),
         };
         let usage = Usage { prompt_tokens: 1, cached_prompt_tokens: 0, completion_tokens: 2 };
-        let finish = Finish { reason: FinishReason::Length, usage };
+        let (cost, receipt) = (Money::from_pico(5), "a.b.c".to_owned());
+        let finish = Finish { reason: FinishReason::Length, usage, cost, receipt };
         let mut out = String::new();
         for event in [Event::Delta(Delta::default()), Event::Delta(Delta::text("a")), Event::Finished(finish)]
         {
             out.push_str(std::str::from_utf8(&sse::frames(&mut chunks, Ok(event))).expect("UTF-8"));
         }
-        let head = r#"data: {"id":"cmpl-1","object":"text_completion","created":7,"model":"m","system_fingerprint":"fp_0","#;
+        let head = r#"data: {"id":"cmpl-1","object":"text_completion","created":7,"model":"m","service_tier":"default","system_fingerprint":"fp_0","#;
         let expect = format!(
             "{head}\"choices\":[{{\"text\":\"a\",\"index\":0,\"logprobs\":null,\"finish_reason\":null}}]}}\n\n\
-             {head}\"choices\":[{{\"text\":\"\",\"index\":0,\"logprobs\":null,\"finish_reason\":\"length\"}}]}}\n\n\
+             {head}\"choices\":[{{\"text\":\"\",\"index\":0,\"logprobs\":null,\"finish_reason\":\"length\"}}],\
+             \"sluice\":{{\"cost_usd\":\"0.000000000005\",\"receipt\":\"a.b.c\"}}}}\n\n\
              data: [DONE]\n\n"
         );
         assert_eq!(out, expect);

@@ -138,3 +138,95 @@ pub async fn prune(
         .await?;
     Ok(pruned)
 }
+
+#[cfg(test)]
+mod tests {
+    use sluice_billing::{
+        AccountId, AccountKind, Books,
+        notice::{Notice, NoticeKind},
+    };
+    use time::OffsetDateTime;
+
+    use super::*;
+    use crate::{
+        auth::Tenancy,
+        config::Config,
+        webhooks::{DeliveryQuery, EndpointDraft},
+    };
+
+    const ORG: &str = "org-1";
+    const ACCOUNT: &str = "acct-1";
+
+    async fn raise(database: &Database, key: &str) {
+        let notice = Notice {
+            kind: NoticeKind::INVOICE_READY,
+            account: AccountId::new(ACCOUNT),
+            subject: key.to_owned(),
+            payload: serde_json::json!({}),
+            dedupe_key: key.to_owned(),
+            at: OffsetDateTime::now_utc(),
+        };
+        let mut tx = database.write().await.expect("a transaction");
+        notice::raise(&mut tx, &notice).await.expect("a notice");
+        tx.commit().await.expect("committed");
+    }
+
+    /// (floor, numbers seen above it, deliveries)
+    async fn state(database: &Database) -> (i64, Vec<i64>, usize) {
+        let mut conn = database.read().await.expect("a connection");
+        let (floor,): (i64,) =
+            conn.fetch_one("SELECT floor FROM webhook_cursor", args![]).await.expect("a floor");
+        let seen: Vec<(i64,)> = conn
+            .fetch_all("SELECT notice_ordinal FROM webhook_seen ORDER BY notice_ordinal", args![])
+            .await
+            .expect("numbers");
+        let query = DeliveryQuery { org_id: ORG, state: None, endpoint_id: None, after: None, limit: 100 };
+        let deliveries = store::deliveries(database, &query).await.expect("deliveries");
+        (floor, seen.into_iter().map(|(ordinal,)| ordinal).collect(), deliveries.len())
+    }
+
+    #[tokio::test]
+    async fn the_floor_rises_over_what_has_settled_and_nothing_is_dispatched_twice() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let config = Config { data_dir: folder.path().to_owned(), ..Config::default() };
+        let database = crate::store::open(&config, true).await.expect("a database");
+        let books = Books::open(database.clone()).await.expect("books");
+        books.create_account(&AccountId::new(ACCOUNT), AccountKind::Prepaid).await.expect("an account");
+        Tenancy::new(database.clone()).ensure_org(ORG, "Org", ACCOUNT).await.expect("an organisation");
+        let draft = EndpointDraft {
+            org_id: ORG.into(),
+            account: ACCOUNT.into(),
+            url: "https://hooks.example.com/".into(),
+            ..EndpointDraft::default()
+        };
+        let settings = WebhookSettings::default();
+        store::create(&database, &settings, &draft, 0).await.expect("an endpoint");
+
+        raise(&database, "a").await;
+        raise(&database, "b").await;
+        assert_eq!(run(&database, 1_000).await.expect("dispatched"), 2);
+        assert_eq!(run(&database, 1_000).await.expect("dispatched"), 0);
+        assert_eq!(state(&database).await, (0, vec![1, 2], 2));
+        raise(&database, "c").await;
+        run(&database, 1_000 + SETTLE_MS).await.expect("dispatched");
+        assert_eq!(state(&database).await, (0, vec![1, 2, 3], 3), "not settled until it has been longer");
+        raise(&database, "d").await;
+        run(&database, 1_001 + SETTLE_MS).await.expect("dispatched");
+        assert_eq!(state(&database).await, (2, vec![3, 4], 4));
+
+        // What ended is kept as long as the settings say; what waits is kept.
+        let mut conn = database.read().await.expect("a connection");
+        conn.execute(
+            "UPDATE webhook_deliveries SET state = 'dead', finished_at_ms = 5 \
+             WHERE id = (SELECT min(id) FROM webhook_deliveries)",
+            args![],
+        )
+        .await
+        .expect("one is dead");
+        drop(conn);
+        let kept_ms = 90 * 24 * 3_600_000;
+        assert_eq!(prune(&database, &settings, kept_ms + 5).await.expect("pruned"), 0);
+        assert_eq!(prune(&database, &settings, kept_ms + 6).await.expect("pruned"), 1);
+        assert_eq!(state(&database).await.2, 3);
+    }
+}

@@ -41,6 +41,9 @@ pub struct StreamChatCompletionResponse {
     /// Set on the last message only.
     #[prost(message, optional, tag = "6")]
     pub usage: ::core::option::Option<Usage>,
+    /// With `include_cost`, on every message but the last: what the request would cost if it ended here, in US dollars.
+    #[prost(string, tag = "7")]
+    pub cost_usd_so_far: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ChatParameters {
@@ -85,6 +88,9 @@ pub struct ChatParameters {
     /// By token id, each -100 to 100.
     #[prost(map = "uint32, float", tag = "14")]
     pub logit_bias: ::std::collections::HashMap<u32, f32>,
+    /// Of a stream: each message says what the request has cost so far.
+    #[prost(bool, tag = "17")]
+    pub include_cost: bool,
     /// What the answer must be; absent: any text. What cannot be enforced is INVALID_ARGUMENT.
     #[prost(oneof = "chat_parameters::Format", tags = "15, 16")]
     pub format: ::core::option::Option<chat_parameters::Format>,
@@ -113,7 +119,7 @@ pub struct ChatMessage {
     #[prost(string, tag = "3")]
     pub name: ::prost::alloc::string::String,
 }
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Usage {
     /// The whole prompt, cached tokens included.
     #[prost(uint64, tag = "1")]
@@ -123,6 +129,9 @@ pub struct Usage {
     pub cached_prompt_tokens: u64,
     #[prost(uint64, tag = "3")]
     pub completion_tokens: u64,
+    /// What was billed, in US dollars: an exact decimal, such as 0.0000786.
+    #[prost(string, tag = "4")]
+    pub cost_usd: ::prost::alloc::string::String,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ListModelsRequest {}
@@ -228,6 +237,8 @@ pub mod chat_service_client {
     )]
     use tonic::codegen::*;
     use tonic::codegen::http::Uri;
+    /// A complete answer ends with the trailers `x-sluice-cost-usd`, what it cost, and `x-sluice-receipt`, the bill as a signed
+    /// JWS; its keys are at /.well-known/sluice/jwks.json.
     #[derive(Debug, Clone)]
     pub struct ChatServiceClient<T> {
         inner: tonic::client::Grpc<T>,
@@ -405,6 +416,8 @@ pub mod chat_service_server {
             tonic::Status,
         >;
     }
+    /// A complete answer ends with the trailers `x-sluice-cost-usd`, what it cost, and `x-sluice-receipt`, the bill as a signed
+    /// JWS; its keys are at /.well-known/sluice/jwks.json.
     #[derive(Debug)]
     pub struct ChatServiceServer<T> {
         inner: Arc<T>,

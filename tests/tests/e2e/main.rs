@@ -10,6 +10,8 @@ mod lifecycle;
 mod metering;
 mod money;
 mod node;
+mod prices;
+mod receipts;
 mod sdk;
 mod unicode;
 mod webhooks;

@@ -109,7 +109,7 @@ async fn a_budget_stops_a_whole_answer_and_grpc_too() {
     let customer = cluster.customer("grpc", Some(credit)).await;
     let last = cluster.grpc_stream(&customer.key, &question(&cluster), usize::MAX).await;
     let last = last.expect("a last message");
-    assert_eq!(last.usage.expect("usage").completion_tokens, 30);
+    assert_eq!(last.usage.as_ref().expect("usage").completion_tokens, 30);
     assert_eq!(last.finish_reason(), sluice_proto::v1::FinishReason::Budget);
     cluster.settled().await;
     assert_eq!(cluster.balance_of(&customer).await, 0);

@@ -132,7 +132,7 @@ async fn spending_below_the_threshold_is_told() {
 
 #[tokio::test]
 async fn failures_are_tried_again_until_one_succeeds() {
-    let settings = format!("{OPEN}timeout_ms = 300\nretry_delays_ms = [10, 10, 10, 10]\n");
+    let settings = format!("{OPEN}timeout_ms = 2000\nretry_delays_ms = [10, 10, 10, 10]\n");
     let (cluster, _folder) = cluster(&settings).await;
     let mut receiver = Receiver::start().await;
     receiver.trust(&[SECRET]).await;
@@ -159,7 +159,7 @@ async fn failures_are_tried_again_until_one_succeeds() {
 
 #[tokio::test]
 async fn what_is_given_up_on_is_listed_and_replayed() {
-    let settings = format!("{OPEN}timeout_ms = 300\nretry_delays_ms = [10]\n");
+    let settings = format!("{OPEN}timeout_ms = 2000\nretry_delays_ms = [10]\n");
     let (cluster, _folder) = cluster(&settings).await;
     let mut receiver = Receiver::start().await;
     receiver.trust(&[SECRET]).await;
@@ -167,7 +167,7 @@ async fn what_is_given_up_on_is_listed_and_replayed() {
     raise(&cluster, "25.00").await;
     let first = receiver.next().await;
     let dead = only_delivery(&cluster, "dead").await;
-    assert_eq!((&dead["attempts"], &dead["last_error"]), (&json!(2), &json!("no answer within 300 ms")));
+    assert_eq!((&dead["attempts"], &dead["last_error"]), (&json!(2), &json!("no answer within 2000 ms")));
     assert_eq!(dead["payload"], first["body"]);
     assert_eq!(cluster.metrics().await.sum("sluice_webhook_dead_total"), 1.0);
 
@@ -237,7 +237,8 @@ async fn a_receiver_that_is_gone_is_left_alone_until_it_is_switched_on_again() {
 async fn a_gateway_that_is_killed_between_attempts_goes_on_where_it_was() {
     // What a dead gateway held is free after this long.
     let lease = "timeout_ms = 1000\nlease_margin_ms = 500\n";
-    let (mut cluster, _folder) = cluster(&format!("{OPEN}{lease}retry_delays_ms = [3000]\n")).await;
+    let (mut cluster, _folder) =
+        cluster(&format!("{OPEN}{lease}retry_delays_ms = [3000, 10, 10, 10]\n")).await;
     let mut receiver = Receiver::start().await;
     receiver.trust(&[SECRET]).await;
     subscribe(&cluster, &receiver.url("/hook?answers=500,200")).await;
