@@ -3,6 +3,8 @@
 //! Runs on one snapshot, beside a running server too, reads every fact once in pages, and trusts no cached sum. A check
 //! that fails names its evidence.
 
+mod invoices;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
@@ -10,6 +12,7 @@ use serde::Serialize;
 use crate::{
     Books, budget,
     catalog::{self, Catalog},
+    credit,
     database::Conn,
     error::BillingError,
     event::{AccountId, ServiceTier},
@@ -118,6 +121,7 @@ impl Books {
         checks.push(grants(conn, &entries).await?);
         accounts(conn, &entries, &mut checks).await?;
         checks.push(budgets(conn).await?);
+        invoices::check(conn, &mut checks).await?;
         snapshot.rollback().await?;
         Ok(Audit { checks })
     }
@@ -283,8 +287,8 @@ async fn sequences(conn: &mut Conn, events: &Events) -> Result<Check, BillingErr
 async fn grants(conn: &mut Conn, entries: &Entries) -> Result<Check, BillingError> {
     let mut check = Check::new("every grant = its ledger transaction");
     let mut stored = BTreeMap::new();
-    for (_, account, amount, transaction_id) in ledger::grants(conn).await? {
-        stored.insert(transaction_id, (account, Total::from_pico(amount.into())));
+    for grant in credit::all_grants(conn).await? {
+        stored.insert(grant.transaction_id, (grant.account, Total::from_pico(grant.amount_pico.into())));
     }
     check.expect_equal(&stored, &entries.grants);
     Ok(check)

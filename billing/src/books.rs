@@ -7,9 +7,10 @@ use std::collections::BTreeSet;
 use time::OffsetDateTime;
 
 use crate::{
-    alert::{self, Change},
+    alert,
     budget::{self, Budget, BudgetScope, BudgetStatus},
     catalog::{self, Catalog},
+    credit::{self, CreditTerms},
     database::{Database, Migrations, Tx},
     error::BillingError,
     event::{AccountId, RequestId},
@@ -48,8 +49,7 @@ impl Books {
     /// Adds credit; again with the same id, changes nothing.
     pub async fn credit(&self, grant: &CreditGrant) -> Result<(), BillingError> {
         let mut tx = self.write().await?;
-        ledger::credit(&mut tx, grant).await?;
-        alert::check(&mut tx, &grant.account, Change::Credited, grant.granted_at).await?;
+        credit::post_grant(&mut tx, grant, &CreditTerms::default()).await?;
         Ok(tx.commit().await?)
     }
 

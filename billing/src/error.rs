@@ -39,6 +39,8 @@ pub enum BillingError {
     AccountExists(AccountId),
     #[error("the grant {0} was already posted with another account or amount")]
     GrantConflict(uuid::Uuid),
+    #[error("expires_at: credit cannot expire before it is granted; leave it out, or name a moment to come")]
+    ExpiryPassed,
     #[error("amount: {0} is not positive")]
     NotPositive(Money),
     #[error("an amount of the account {account} would exceed {max}", max = Money::MAX)]

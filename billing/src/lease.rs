@@ -27,6 +27,7 @@ use crate::{
     error::BillingError,
     event::AccountId,
     fund::Fund,
+    invoice::{Period, horizon::OpenMonths},
     money::{Money, Total},
     price::Step,
 };
@@ -214,23 +215,37 @@ pub(crate) struct Slices {
     by_fund: Mutex<HashMap<Fund, Arc<Slice>>>,
     /// Bills that wait for the ledger, those of open holds included.
     pub waiting: Arc<AtomicU64>,
+    pub open_months: Arc<OpenMonths>,
 }
 
 /// A place among the bills that may wait for the ledger. Dropped, it is free again.
 #[derive(Debug)]
-pub(crate) struct Place(Option<Arc<AtomicU64>>);
+pub(crate) struct Place {
+    waiting: Option<Arc<AtomicU64>>,
+    /// The month that the hold was admitted in; it stays open as long as the hold.
+    month: Option<(Arc<OpenMonths>, Period)>,
+}
 
 impl Place {
     /// The bill is durable: its place is given up when it is shipped.
     pub fn keep(mut self) {
-        self.0 = None;
+        self.waiting = None;
+    }
+
+    /// Whether the bill is durable is unknown: place and month stay taken until the next start.
+    pub fn strand(mut self) {
+        self.waiting = None;
+        self.month = None;
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        if let Some(waiting) = &self.0 {
+        if let Some(waiting) = &self.waiting {
             waiting.fetch_sub(1, Ordering::Relaxed);
+        }
+        if let Some((months, period)) = &self.month {
+            months.leave(*period);
         }
     }
 }
@@ -274,11 +289,14 @@ impl Slices {
         self.lock().values().cloned().collect()
     }
 
-    /// A place for one more bill, if fewer than `limit` wait.
-    pub fn place(&self, limit: u64) -> Option<Place> {
+    /// A place for one more bill, if fewer than `limit` wait. It keeps the month of its admission open.
+    pub fn place(&self, limit: u64, admitted_in: Period) -> Option<Place> {
         let taken = |waiting: u64| (waiting < limit).then_some(waiting + 1);
         let place = self.waiting.fetch_update(Ordering::Relaxed, Ordering::Relaxed, taken);
-        place.ok().map(|_| Place(Some(self.waiting.clone())))
+        place.ok()?;
+        self.open_months.enter(admitted_in);
+        let month = Some((self.open_months.clone(), admitted_in));
+        Some(Place { waiting: Some(self.waiting.clone()), month })
     }
 
     pub fn renewed(&self, expires_at_s: i64) {

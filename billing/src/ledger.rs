@@ -8,6 +8,7 @@
 //! grant      customer:acme +10      funding        -10
 //! usage      customer:acme  -3      revenue:SKU     +3
 //! write_off  customer:acme  +1      write_off       -1   usage beyond the cap is the operator's loss
+//! expiry     customer:acme  -2      expiry          +2   what was left of a grant
 //! ```
 
 use std::collections::BTreeMap;
@@ -21,10 +22,17 @@ use crate::{
     database::Conn,
     error::BillingError,
     event::AccountId,
+    invoice::Period,
     money::{Money, Total},
 };
 
-const CURRENCY: &str = "USD";
+pub(crate) const CURRENCY: &str = "USD";
+/// Books of the operator.
+pub(crate) const FUNDING: &str = "funding";
+pub(crate) const TAX: &str = "tax";
+pub(crate) const ROUNDING: &str = "rounding";
+pub(crate) const CREDIT_NOTE: &str = "credit_note";
+pub(crate) const REFUND: &str = "refund";
 
 /// On what terms an account pays.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,6 +85,16 @@ pub(crate) fn revenue(sku: &str) -> String {
     format!("revenue:{sku}")
 }
 
+/// What an account owes beyond its balance: tax and rounding of its invoices.
+pub(crate) fn receivable(account: &AccountId) -> String {
+    format!("receivable:{account}")
+}
+
+/// The reference of what the tiers of a month give back.
+pub(crate) fn volume_of(period: Period) -> String {
+    format!("volume of {period}")
+}
+
 /// Creates an account. Doing it again with the same terms changes nothing.
 pub(crate) async fn create_account(
     conn: &mut Conn,
@@ -99,38 +117,8 @@ pub(crate) async fn create_account(
     Ok(())
 }
 
-/// Posts a grant, once. Run it in a transaction of its own.
-pub(crate) async fn credit(conn: &mut Conn, grant: &CreditGrant) -> Result<(), BillingError> {
-    if grant.amount <= Money::ZERO {
-        return Err(BillingError::NotPositive(grant.amount));
-    }
-    let id = grant.id.to_string();
-    // Whoever grants under this id at the same time waits here.
-    counter::take(conn, "transaction", 0).await?;
-    let posted: Option<(String, i64)> = conn
-        .fetch_optional("SELECT account, amount_pico FROM credit_grants WHERE id = $1", args![&id])
-        .await?;
-    match posted {
-        Some((account, amount)) if account == grant.account.as_str() && amount == grant.amount.pico() => {
-            return Ok(());
-        }
-        Some(_) => return Err(BillingError::GrantConflict(grant.id)),
-        None => {}
-    }
-    let transaction_id =
-        fund(conn, "grant", &grant.account, grant.amount, grant.granted_at.unix_timestamp(), &id).await?;
-    let granted_at_s = grant.granted_at.unix_timestamp();
-    conn.execute(
-        "INSERT INTO credit_grants (id, account, amount_pico, memo, granted_at_s, transaction_id) \
-         VALUES ($1, $2, $3, $4, $5, $6)",
-        args![&id, grant.account.as_str(), grant.amount.pico(), &grant.memo, granted_at_s, transaction_id],
-    )
-    .await?;
-    Ok(())
-}
-
 /// Raises a customer's balance at the operator's side of the books: `funding` for a grant, else the kind's own book.
-async fn fund(
+pub(crate) async fn fund(
     conn: &mut Conn,
     kind: &'static str,
     account: &AccountId,
@@ -141,7 +129,7 @@ async fn fund(
     let overflow = || BillingError::Overflow { account: account.clone() };
     let posted = balance(conn, account).await?.posted;
     posted.checked_add(amount).ok_or_else(overflow)?;
-    let source = if kind == "grant" { "funding" } else { kind };
+    let source = if kind == "grant" { FUNDING } else { kind };
     let entries = BTreeMap::from([
         (customer(account), amount),
         (source.to_owned(), amount.checked_neg().ok_or_else(overflow)?),
@@ -304,12 +292,101 @@ pub(crate) async fn entries_after(
         .await?)
 }
 
-/// Every grant: its id, account, amount and transaction.
-pub(crate) async fn grants(conn: &mut Conn) -> Result<Vec<(String, String, i64, i64)>, BillingError> {
+/// Writes one transaction and moves the account's balance by its customer entry, if it has one.
+pub(crate) async fn post_to_balance(conn: &mut Conn, posting: Posting<'_>) -> Result<i64, BillingError> {
+    let account = posting.account;
+    let amount = posting.entries.get(&customer(account)).copied().unwrap_or_default();
+    let id = post(conn, posting).await?;
+    conn.execute(
+        "UPDATE billing_accounts SET posted_pico = posted_pico + $1 WHERE id = $2",
+        args![amount.pico(), account.as_str()],
+    )
+    .await?;
+    Ok(id)
+}
+
+/// Keeps others from changing the account until the transaction ends.
+pub(crate) async fn lock(conn: &mut Conn, account: &AccountId) -> Result<(), BillingError> {
+    give_back(conn, account, Money::ZERO).await
+}
+
+/// A transaction as its account sees it.
+#[derive(FromRow)]
+pub(crate) struct MovementRow {
+    pub id: i64,
+    pub kind: String,
+    pub at_s: i64,
+    pub reference: String,
+    pub amount_pico: i64,
+}
+
+/// Up to `limit` transactions that moved an account's balance, after one and up to another.
+pub(crate) async fn movements_after(
+    conn: &mut Conn,
+    account: &AccountId,
+    after: i64,
+    through: i64,
+    limit: i64,
+) -> Result<Vec<MovementRow>, BillingError> {
     Ok(conn
         .fetch_all(
-            "SELECT id, account, amount_pico, transaction_id FROM credit_grants ORDER BY transaction_id",
-            args![],
+            "SELECT t.id, t.kind, t.at_s, t.reference, e.amount_pico FROM ledger_transactions t \
+             JOIN ledger_entries e ON e.transaction_id = t.id AND e.book = $1 \
+             WHERE t.account = $2 AND t.id > $3 AND t.id <= $4 ORDER BY t.id LIMIT $5",
+            args![&customer(account), account.as_str(), after, through, limit],
         )
         .await?)
+}
+
+/// The earliest moment that anything was posted for; None if nothing was.
+pub(crate) async fn first_moment(conn: &mut Conn, account: &AccountId) -> Result<Option<i64>, BillingError> {
+    let (first,): (Option<i64>,) = conn
+        .fetch_one("SELECT min(at_s) FROM ledger_transactions WHERE account = $1", args![account.as_str()])
+        .await?;
+    Ok(first)
+}
+
+/// A transaction, whole.
+#[derive(Debug)]
+pub(crate) struct Transaction {
+    pub kind: String,
+    pub reference: String,
+    pub entries: BTreeMap<String, Money>,
+}
+
+pub(crate) async fn transaction(conn: &mut Conn, id: i64) -> Result<Option<Transaction>, BillingError> {
+    let head: Option<(String, String)> = conn
+        .fetch_optional("SELECT kind, reference FROM ledger_transactions WHERE id = $1", args![id])
+        .await?;
+    let Some((kind, reference)) = head else { return Ok(None) };
+    let entries: Vec<(String, i64)> = conn
+        .fetch_all("SELECT book, amount_pico FROM ledger_entries WHERE transaction_id = $1", args![id])
+        .await?;
+    let entries = entries.into_iter().map(|(book, pico)| (book, Money::from_pico(pico))).collect();
+    Ok(Some(Transaction { kind, reference, entries }))
+}
+
+/// The numbers of all transactions of a kind.
+pub(crate) async fn transactions_of(conn: &mut Conn, kind: &str) -> Result<Vec<i64>, BillingError> {
+    let rows: Vec<(i64,)> =
+        conn.fetch_all("SELECT id FROM ledger_transactions WHERE kind = $1 ORDER BY id", args![kind]).await?;
+    Ok(rows.into_iter().map(|(id,)| id).collect())
+}
+
+/// The sums of an account's transactions of one kind and reference, by book.
+pub(crate) async fn posted(
+    conn: &mut Conn,
+    account: &AccountId,
+    kind: &str,
+    reference: &str,
+) -> Result<BTreeMap<String, Money>, BillingError> {
+    let rows: Vec<(String, i64)> = conn
+        .fetch_all(
+            "SELECT e.book, CAST(sum(e.amount_pico) AS BIGINT) FROM ledger_transactions t \
+             JOIN ledger_entries e ON e.transaction_id = t.id \
+             WHERE t.account = $1 AND t.kind = $2 AND t.reference = $3 GROUP BY e.book",
+            args![account.as_str(), kind, reference],
+        )
+        .await?;
+    Ok(rows.into_iter().map(|(book, pico)| (book, Money::from_pico(pico))).collect())
 }

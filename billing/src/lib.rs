@@ -23,6 +23,8 @@
 //! | what customers are told | `notice`, `alert` |
 //! | is it all true? | `audit` |
 //! | files for others | `export` |
+//! | which grant pays; expiry | `credit` |
+//! | months, invoices, tax | `invoice` |
 //! | two databases, one SQL | `database`, `counter` |
 
 mod alert;
@@ -32,12 +34,14 @@ mod budget;
 mod catalog;
 mod clock;
 mod counter;
+mod credit;
 mod database;
 mod error;
 mod event;
 mod export;
 mod fund;
 mod hold;
+mod invoice;
 mod lease;
 mod ledger;
 mod money;
@@ -63,6 +67,7 @@ pub use books::Books;
 pub use budget::{Budget, BudgetPeriod, BudgetScope, BudgetStatus};
 pub use catalog::{Catalog, Plan, Standing};
 pub use clock::Clock;
+pub use credit::{CreditTerms, Expiry, GrantStatus};
 pub use database::{
     Arg, Conn, Database, DatabaseError, DatabaseOptions, Dialect, Migrations, Raw, Row, Tx, create_private,
 };
@@ -75,6 +80,12 @@ pub use export::{
     Manifest, Progress, Range, Settings, verify as verify_export,
 };
 pub use hold::{Hold, PinnedPrices, VoidCause};
+pub use invoice::{
+    BillingProfile, CloseReport, ClosedPeriod, Closing, CreditNote, FontError, Invoice, InvoiceError,
+    InvoiceKind, InvoiceLine, InvoiceQuery, InvoiceRules, InvoiceState, InvoiceStatus, InvoiceTotals,
+    IssueCreditNote, LineKind, Party, Payment, Period, PeriodError, RecordPayment, TaxRate, TaxRules,
+    TaxRulesError, check_font, is_country, render_pdf,
+};
 pub use ledger::{AccountKind, Balance, CreditGrant};
 pub use money::{Money, MoneyError, PICO_PER_USD, Total};
 pub use price::{
@@ -95,6 +106,7 @@ pub use usage::{UsageGroup, UsageQuery, UsageRow};
 
 use crate::{
     hold::{Covered, Granted},
+    invoice::horizon,
     lease::{Ask, Holder, Reserved, Slice, Slices},
     outbox::{Outbox, OutboxFile},
     ship::{Flush, ShipStats, Shipper},
@@ -269,6 +281,14 @@ impl Billing {
             limits: limits.clone(),
         };
         shipper.recover(stale_epoch.as_deref()).await?;
+        // What this outbox held is in the ledger; what it will hold is admitted from now on.
+        let now_s = clock.now_s();
+        let mut conn = database.read().await?;
+        horizon::report(&mut conn, &holder.epoch, Period::of_second(now_s).start_s(), now_s).await?;
+        if let Some(epoch) = &stale_epoch {
+            horizon::report(&mut conn, epoch, horizon::FOREVER_S, now_s).await?;
+        }
+        drop(conn);
         let (flushes, requests) = mpsc::channel(1);
         let task = tokio::spawn(shipper.run(requests));
         let closed = AtomicBool::new(false);
@@ -304,8 +324,13 @@ impl Billing {
         // Without the ledger there is nobody to give leases back to; the next start recovers them.
         let released = match &flushed {
             Ok(()) => {
-                let Shared { books, holder, slices, .. } = &*self.shared;
-                lease::release(&books.database, &holder.epoch, slices, i64::MAX).await
+                let Shared { books, holder, slices, clock, .. } = &*self.shared;
+                let released = lease::release(&books.database, &holder.epoch, slices, i64::MAX).await;
+                if released.is_ok() && slices.open_months.is_empty() {
+                    let mut conn = books.database.read().await?;
+                    horizon::report(&mut conn, &holder.epoch, horizon::FOREVER_S, clock.now_s()).await?;
+                }
+                released
             }
             Err(_) => Ok(()),
         };
@@ -329,7 +354,8 @@ impl Billing {
         let bound = prices
             .bound(request.input_tokens, &request.media_max, request.output_tokens_max > 0)
             .map_err(|_| no_price())?;
-        let Some(place) = shared.slices.place(shared.limits.outbox_events_max) else {
+        let admitted_in = Period::containing(request.admitted_at);
+        let Some(place) = shared.slices.place(shared.limits.outbox_events_max, admitted_in) else {
             shared.counters.refused_outbox_full.fetch_add(1, Ordering::Relaxed);
             return Err(AdmitError::OutboxFull { retry_after: shared.limits.ship_backoff_max });
         };
@@ -367,6 +393,22 @@ impl Billing {
         let (reply, flushed) = oneshot::channel();
         self.flushes.send(reply).await.map_err(|_| BillingError::Closed)?;
         flushed.await.map_err(|_| BillingError::Closed)?
+    }
+
+    /// Tells the ledger up to which month this gateway has shipped everything, so that months can be closed. False while a
+    /// request of an earlier month is open.
+    pub async fn report_horizon(&self) -> Result<bool, BillingError> {
+        let Shared { books, holder, slices, clock, .. } = &*self.shared;
+        let now_s = clock.now_s();
+        let month = Period::of_second(now_s);
+        if slices.open_months.any_before(month) {
+            return Ok(false);
+        }
+        // Whatever was admitted before this month is durable by now, and so is shipped when this returns.
+        self.flush().await?;
+        let mut conn = books.database.read().await?;
+        horizon::report(&mut conn, &holder.epoch, month.start_s(), now_s).await?;
+        Ok(true)
     }
 
     /// The books of this gateway's database.

@@ -87,6 +87,11 @@ impl Total {
         self.0
     }
 
+    /// Dollars as a decimal string without the currency, as JSON carries them.
+    pub fn to_usd_string(self) -> String {
+        Decimal(self.0).to_string()
+    }
+
     /// The same amount as a single [`Money`], if it fits one.
     pub fn to_money(self) -> Option<Money> {
         i64::try_from(self.0).ok().map(Money)

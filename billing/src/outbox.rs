@@ -287,7 +287,7 @@ impl Writer {
                 let error = Arc::new(error);
                 for Append { reserved, place, reply, .. } in appends {
                     reserved.into_iter().for_each(Reserved::strand);
-                    place.keep();
+                    place.strand();
                     drop(reply.send(Err(SettleError::Outbox(error.clone()))));
                 }
                 self.resync().await;

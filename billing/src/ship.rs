@@ -266,6 +266,11 @@ pub(crate) async fn epochs(conn: &mut Conn) -> Result<Vec<(String, i64)>, Billin
     Ok(conn.fetch_all("SELECT epoch, last_seq FROM ship_state ORDER BY epoch", args![]).await?)
 }
 
+/// (epoch, gateway) of every outbox.
+pub(crate) async fn gateways(conn: &mut Conn) -> Result<Vec<(String, String)>, BillingError> {
+    Ok(conn.fetch_all("SELECT epoch, gateway FROM ship_state ORDER BY gateway, epoch", args![]).await?)
+}
+
 /// The compare-and-set that makes shipping exactly-once.
 async fn advance(conn: &mut Conn, epoch: &str, from: i64, to: i64) -> Result<(), BillingError> {
     let moved = conn

@@ -10,11 +10,14 @@ use sqlx::{FromRow, PgConnection};
 use time::{Date, OffsetDateTime};
 
 use crate::{
-    args, counter,
+    args,
+    catalog::Catalog,
+    counter,
     database::{Conn, Dialect, Raw},
     error::BillingError,
-    event::{AccountId, Quantities, RequestId, UsageEvent},
-    money::Total,
+    event::{AccountId, Quantities, RequestId, ServiceTier, UsageEvent},
+    money::{Money, Total},
+    price::{Line, PriceBookHash, cost},
 };
 
 /// Smaller batches are not worth a stream of their own.
@@ -517,6 +520,44 @@ pub(crate) async fn bill(conn: &mut Conn, request_id: RequestId) -> Result<Optio
              cached_input_tokens, output_tokens, reasoning_tokens, characters, seconds, images, admitted_at_ms, \
              price_book, cost_pico, finish_reason FROM usage_events WHERE request_id = $1",
             args![request_id.to_string().as_str()],
+        )
+        .await?)
+}
+
+/// Prices an event again from its quantities and its book.
+pub(crate) fn lines_of(catalog: &Catalog, event: &EventRow) -> Result<Vec<Line>, BillingError> {
+    let corrupt = |why: String| BillingError::Corrupt { table: "usage_events", source: why.into() };
+    let book = catalog.get(&PriceBookHash::from_stored(event.price_book.clone()))?;
+    let tier = ServiceTier::parse(&event.service_tier);
+    let tier = tier.ok_or_else(|| corrupt(format!("request {}: unknown service tier", event.request_id)))?;
+    let account = AccountId::new(event.account.clone());
+    let lines = book.price(&account, &event.model, tier, &event.quantities());
+    let lines = lines.map_err(|error| corrupt(format!("request {}: {error}", event.request_id)))?;
+    if cost(&lines).map(Money::pico) != Some(event.cost_pico) {
+        return Err(corrupt(format!(
+            "request {} does not cost {}",
+            event.request_id,
+            Money::from_pico(event.cost_pico)
+        )));
+    }
+    Ok(lines)
+}
+
+/// Up to `limit` events of one account after `after` and up to `through`, in the order in which they were committed.
+pub(crate) async fn events_of(
+    conn: &mut Conn,
+    account: &AccountId,
+    after: i64,
+    through: i64,
+    limit: i64,
+) -> Result<Vec<EventRow>, BillingError> {
+    Ok(conn
+        .fetch_all(
+            "SELECT request_id, epoch, seq, ordinal, account, org, project, api_key, model, service_tier, input_tokens, \
+             cached_input_tokens, output_tokens, reasoning_tokens, characters, seconds, images, admitted_at_ms, \
+             price_book, cost_pico FROM usage_events WHERE account = $1 AND ordinal > $2 AND ordinal <= $3 \
+             ORDER BY ordinal LIMIT $4",
+            args![account.as_str(), after, through, limit],
         )
         .await?)
 }

@@ -13,6 +13,8 @@ pub struct App {
     pub receipts: Receipts,
     pub nodes: Nodes,
     pub limits: Limits,
+    /// What PDFs are written with, where the built-in font has not all characters.
+    pub invoice_font: Option<Vec<u8>>,
     pub metrics: Metrics,
     pub webhooks: Webhooks,
     /// Every relay: when it is empty, every hold is settled.

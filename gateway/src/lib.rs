@@ -21,6 +21,7 @@ pub mod error;
 pub mod health;
 pub mod metrics;
 pub mod node_client;
+pub mod organization;
 pub mod receipts;
 pub mod relay;
 pub mod request;

@@ -38,7 +38,7 @@ use crate::{
     complete::{Caller, Delivery},
     dialect::{grpc, models, openai_chat, openai_completions},
     error::{ApiError, Protocol, RETRY_AFTER},
-    health, receipts, webhooks,
+    health, organization, receipts, webhooks,
 };
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -71,11 +71,12 @@ pub fn service(app: Arc<App>) -> Router {
                 .layer(from_fn_with_state(permits, hold_a_permit))
                 .layer(from_fn_with_state(app.clone(), authenticate)),
         );
-    let with_admin_key = webhooks::rest::routes().merge(budgets::routes()).route_layer(
-        ServiceBuilder::new()
-            .layer(from_fn_with_state(app.clone(), refuse_while_draining))
-            .layer(from_fn_with_state(app.clone(), authenticate_admin)),
-    );
+    let with_admin_key =
+        webhooks::rest::routes().merge(budgets::routes()).merge(organization::routes()).route_layer(
+            ServiceBuilder::new()
+                .layer(from_fn_with_state(app.clone(), refuse_while_draining))
+                .layer(from_fn_with_state(app.clone(), authenticate_admin)),
+        );
     with_key
         .merge(with_admin_key)
         .merge(health::routes(&app))

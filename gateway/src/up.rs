@@ -5,6 +5,7 @@
 //! ```
 //! What can fail for the operator's reasons (folder, port, model) fails before anything is served, and says what to do.
 
+mod bookkeeper;
 #[cfg(feature = "embedded-node")]
 mod embedded;
 mod prices;
@@ -13,7 +14,7 @@ mod tenant;
 use std::{fs::File, sync::Arc, time::Duration};
 
 use anyhow::{Context, bail};
-use sluice_billing::{Billing, BillingLimits, BillingOptions};
+use sluice_billing::{Billing, BillingOptions};
 use tokio::net::TcpListener;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
@@ -35,6 +36,7 @@ use crate::{
 pub async fn run(config: Config, json: bool) -> anyhow::Result<()> {
     let signalled = stop_signals()?;
     let _lock = lock_data_dir(&config)?;
+    let invoice_font = config.invoice_font()?;
     let listener = bind(&config.listen).await?;
     let address = listener.local_addr()?;
 
@@ -45,7 +47,7 @@ pub async fn run(config: Config, json: bool) -> anyhow::Result<()> {
         database: database.clone(),
         outbox_path: config.outbox_path(),
         gateway: config.gateway.clone(),
-        limits: BillingLimits::default(),
+        limits: config.billing.limits(),
     })
     .await?;
     let receipts = Receipts::open(&config)?;
@@ -61,6 +63,7 @@ pub async fn run(config: Config, json: bool) -> anyhow::Result<()> {
         receipts,
         nodes: fleet.nodes.clone(),
         limits: config.limits.clone(),
+        invoice_font,
         metrics: Metrics::new(),
         webhooks: webhooks.clone(),
         tracker: TaskTracker::new(),
@@ -69,6 +72,13 @@ pub async fn run(config: Config, json: bool) -> anyhow::Result<()> {
     });
     let stop_delivering = CancellationToken::new();
     let delivering = tokio::spawn(webhooks.run(stop_delivering.clone()));
+    let stop_keeping = CancellationToken::new();
+    let keeping = tokio::spawn(bookkeeper::run(
+        billing.clone(),
+        config.invoices.clone(),
+        config.tax.clone(),
+        stop_keeping.clone(),
+    ));
     let stop_accepting = CancellationToken::new();
     let connections = config.connections.clone();
     let mut serving = tokio::spawn({
@@ -96,6 +106,10 @@ pub async fn run(config: Config, json: bool) -> anyhow::Result<()> {
         serving.abort();
         app.cut.cancel();
         app.tracker.wait().await;
+    }
+    stop_keeping.cancel();
+    if let Err(error) = keeping.await {
+        warn!(%error, "the bookkeeper failed; the next start goes on where it was");
     }
     stop_delivering.cancel();
     let closed = billing.close().await;

@@ -56,6 +56,7 @@ async fn billed() -> TempDir {
         let (billing, account) = (billing.clone(), account.clone());
         bills.spawn(async move {
             let request = AdmitRequest {
+                media_max: Default::default(),
                 request_id: RequestId::new(Uuid::now_v7()),
                 account,
                 org: "org".into(),
@@ -70,6 +71,8 @@ async fn billed() -> TempDir {
                 admitted_at: OffsetDateTime::now_utc(),
             };
             let outcome = Outcome {
+                media: Default::default(),
+                reasoning_tokens: 0,
                 input_tokens: 60,
                 cached_input_tokens: 40,
                 output_tokens: number as u64 % 64,

@@ -218,6 +218,7 @@ impl Gateway {
             receipts: Receipts::open(&config).expect("a receipt key"),
             nodes: Nodes::connect(endpoints).await.expect("nodes"),
             limits,
+            invoice_font: None,
             metrics: Metrics::new(),
             webhooks: Webhooks::new(database, WebhookSettings::default()).expect("the defaults are valid"),
             tracker: TaskTracker::new(),

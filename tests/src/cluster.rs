@@ -1,7 +1,6 @@
 //! [`Cluster`]: one `sluice up` on a data directory of its own, from its announcement to the epilogue.
 
-use std::ffi::OsStr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Output};
 
 use serde_json::{Value, json};
@@ -18,6 +17,12 @@ use crate::sse::{Stream, Transcript};
 pub struct ClusterOptions {
     /// A Hugging Face directory; absent: the bundled model.
     pub model: Option<PathBuf>,
+    /// Where the books are; absent: a SQLite file in the data directory. Several clusters may share a PostgreSQL.
+    pub database_url: Option<String>,
+    /// A remote node; absent: one in the process.
+    pub node_url: Option<String>,
+    /// Settings in TOML, for what has no flag.
+    pub settings: String,
     /// Further arguments of `sluice up`.
     pub args: Vec<String>,
 }
@@ -45,6 +50,11 @@ impl Cluster {
         Cluster::start_with(ClusterOptions::default()).await
     }
 
+    /// Gateways on one PostgreSQL, started at the same moment.
+    pub async fn start_together(options: impl IntoIterator<Item = ClusterOptions>) -> Vec<Cluster> {
+        futures::future::join_all(options.into_iter().map(Cluster::start_with)).await
+    }
+
     pub async fn start_with(options: ClusterOptions) -> Cluster {
         let folder = TempDir::with_prefix("sluice-test-").expect("a temporary directory");
         let nowhere = String::new;
@@ -68,8 +78,7 @@ impl Cluster {
     /// Starts `sluice up` on the same data directory, after a [`Cluster::stop`].
     pub async fn restart(&mut self) {
         assert!(self.process.is_none(), "stop it first");
-        let mut process =
-            Process::spawn("sluice", up_args(&self.data_dir(), &self.options), &self.log_path());
+        let mut process = Process::spawn("sluice", self.up_args(), &self.log_path());
         let ready = process.announcement().await;
         let field = |name: &str| match ready[name].as_str() {
             Some(text) if !text.is_empty() => text.to_owned(),
@@ -139,6 +148,38 @@ impl Cluster {
 
     pub fn data_dir(&self) -> PathBuf {
         self.folder.path().join("data")
+    }
+
+    pub fn database_url(&self) -> String {
+        let file = || format!("sqlite:{}", self.data_dir().join("ledger.db").display());
+        self.options.database_url.clone().unwrap_or_else(file)
+    }
+
+    /// The data directory and the database, for a command.
+    fn place(&self) -> Vec<String> {
+        let data_dir = self.data_dir().to_str().expect("temporary paths are UTF-8").to_owned();
+        let database =
+            self.options.database_url.iter().flat_map(|url| ["--database-url".to_owned(), url.clone()]);
+        ["--data-dir".to_owned(), data_dir].into_iter().chain(database).collect()
+    }
+
+    fn up_args(&self) -> Vec<String> {
+        let ClusterOptions { model, node_url, settings, args, .. } = &self.options;
+        let mut all: Vec<String> = ["up", "--listen", "127.0.0.1:0", "--json"].map(str::to_owned).into();
+        all.extend(self.place());
+        if let Some(model) = model {
+            all.extend(["--model".to_owned(), model.to_str().expect("model paths are UTF-8").to_owned()]);
+        }
+        if let Some(url) = node_url {
+            all.extend(["--node".to_owned(), url.clone()]);
+        }
+        if !settings.is_empty() {
+            let path = self.folder.path().join("sluice.toml");
+            std::fs::write(&path, settings).expect("the settings are written");
+            all.extend(["--config".to_owned(), path.to_str().expect("temporary paths are UTF-8").to_owned()]);
+        }
+        all.extend(args.iter().cloned());
+        all
     }
 
     pub fn log(&self) -> String {
@@ -236,16 +277,15 @@ impl Cluster {
 
     /// A `sluice` subcommand on this data directory, beside the running server or after it.
     pub async fn cli(&self, args: &[&str]) -> Value {
-        let data_dir = self.data_dir();
-        let place = ["--json".as_ref(), "--data-dir".as_ref(), data_dir.as_os_str()];
-        run_to_json("sluice", args.iter().map(OsStr::new).chain(place)).await
+        let place = self.place();
+        let place = ["--json"].into_iter().chain(place.iter().map(String::as_str));
+        run_to_json("sluice", args.iter().copied().chain(place)).await
     }
 
     /// The same, for one that may fail or print something else than JSON.
     pub async fn cli_output(&self, args: &[&str]) -> Output {
-        let data_dir = self.data_dir();
-        let place = ["--data-dir".as_ref(), data_dir.as_os_str()];
-        run_to_end("sluice", args.iter().map(OsStr::new).chain(place)).await
+        let place = self.place();
+        run_to_end("sluice", args.iter().copied().chain(place.iter().map(String::as_str))).await
     }
 }
 
@@ -260,15 +300,4 @@ impl Drop for Cluster {
             assert!(self.finished, "a test ends with Cluster::finish, which checks the books");
         }
     }
-}
-
-fn up_args(data_dir: &Path, options: &ClusterOptions) -> Vec<String> {
-    let data_dir = data_dir.to_str().expect("temporary paths are UTF-8");
-    let mut args: Vec<String> =
-        ["up", "--data-dir", data_dir, "--listen", "127.0.0.1:0", "--json"].map(str::to_owned).into();
-    if let Some(model) = &options.model {
-        args.extend(["--model".to_owned(), model.to_str().expect("model paths are UTF-8").to_owned()]);
-    }
-    args.extend(options.args.iter().cloned());
-    args
 }

@@ -1,8 +1,6 @@
 //! Money as an operator sees it: customers with accounts of their own, balances, usage, prices.
 
 use serde_json::Value;
-use sqlx::ConnectOptions;
-use sqlx::sqlite::SqliteConnectOptions;
 
 use crate::cluster::Cluster;
 use crate::patience::eventually;
@@ -14,6 +12,7 @@ const PICO_PER_USD: i64 = 1_000_000_000_000;
 #[derive(Debug, Clone)]
 pub struct Customer {
     pub key: String,
+    pub key_id: String,
     pub account: String,
 }
 
@@ -61,34 +60,33 @@ impl Cluster {
         let (org, project, account) = (format!("org-{name}"), format!("proj-{name}"), format!("acct-{name}"));
         self.insert_organisation(&org, &project, &account).await;
         let made = self.cli(&["keys", "create", "--name", name, "--project", &project]).await;
-        let customer = Customer { key: made["key"].as_str().expect("a key").to_owned(), account };
+        let field =
+            |name: &str| made[name].as_str().unwrap_or_else(|| panic!("no {name}: {made}")).to_owned();
+        let customer = Customer { key: field("key"), key_id: field("id"), account };
         if let Some(credit_pico) = credit_pico {
             self.credit(&customer, credit_pico).await;
         }
         customer
     }
 
-    /// There is no command for a second organisation yet, so the harness writes the three rows that make one.
-    async fn insert_organisation(&self, org: &str, project: &str, account: &str) {
-        let options = SqliteConnectOptions::new().filename(self.data_dir().join("ledger.db"));
-        let mut database = options.connect().await.expect("the database opens beside the server");
-        for (statement, values) in [
-            (
-                "INSERT INTO billing_accounts (id, kind, credit_limit_pico) VALUES (?, 'prepaid', 0)",
-                &[account][..],
-            ),
-            ("INSERT INTO orgs (id, name, account_id, created_s) VALUES (?, 'Test', ?, 0)", &[org, account]),
-            ("INSERT INTO projects (id, org_id, name, created_s) VALUES (?, ?, 'Test', 0)", &[project, org]),
-        ] {
-            let query =
-                values.iter().fold(sqlx::query(statement), |query, value| query.bind(value.to_string()));
-            query.execute(&mut database).await.unwrap_or_else(|error| panic!("{statement}: {error}"));
-        }
-    }
-
     pub async fn credit(&self, customer: &Customer, amount_pico: i64) {
         let amount = usd_of(amount_pico);
         self.cli(&["credit", "--account", &customer.account, "--amount", &amount]).await;
+    }
+
+    /// A hard budget of the customer's key over all time, made or changed.
+    pub async fn limit_key(&self, customer: &Customer, limit_pico: i64) {
+        let (id, limit) = (format!("of-{}", customer.key_id), usd_of(limit_pico));
+        self.cli(&["budgets", "set", &id, "--key", &customer.key_id, "--period", "total", "--limit", &limit])
+            .await;
+    }
+
+    /// What the budgets of this key have spent, by the ledger.
+    pub async fn budget_spent_pico(&self, customer: &Customer) -> i64 {
+        let listed = self.cli(&["budgets", "list"]).await;
+        let rows = listed["data"].as_array().unwrap_or_else(|| panic!("no rows: {listed}"));
+        let row = rows.iter().find(|row| row["scope_id"] == customer.key_id.as_str());
+        pico_of(&row.unwrap_or_else(|| panic!("no budget of {customer:?}: {listed}"))["spent"])
     }
 
     /// What the default account has: credits less usage, in pico-USD.

@@ -13,6 +13,7 @@ const HOLDS_OPEN: &str = "sluice_holds_open";
 const OUTBOX_BACKLOG: &str = "sluice_outbox_backlog_events";
 const NODE_PROMPT_TOKENS: &str = "sluice_node_prompt_tokens_total";
 const NODE_CACHED_TOKENS: &str = "sluice_node_cached_tokens_total";
+const WASTED_TOKENS: &str = "sluice_wasted_tokens_total";
 const NODE_OUTPUT_TOKENS: &str = "sluice_node_output_tokens_total";
 
 impl Metrics {
@@ -34,6 +35,16 @@ impl Metrics {
         *self.sums.get(name).unwrap_or_else(|| panic!("/metrics has no {name}; it has\n  {}", names()))
     }
 
+    /// The same of a metric that is not there before its first event.
+    pub fn sum_or_zero(&self, name: &str) -> f64 {
+        self.sums.get(name).copied().unwrap_or_default()
+    }
+
+    /// Tokens that the engine computed and nobody pays for, prompt and output.
+    pub fn wasted_tokens(&self) -> u64 {
+        self.sum_or_zero(WASTED_TOKENS) as u64
+    }
+
     /// Requests admitted and not yet settled, voided or expired.
     pub fn holds_open(&self) -> u64 {
         self.sum(HOLDS_OPEN) as u64
@@ -42,6 +53,11 @@ impl Metrics {
     /// Usage events that are durable here and not yet in the ledger.
     pub fn outbox_backlog(&self) -> u64 {
         self.sum(OUTBOX_BACKLOG) as u64
+    }
+
+    /// The node's odometer, every class of it.
+    pub fn node_tokens(&self) -> u64 {
+        self.node_prompt_tokens() + self.node_cached_tokens() + self.node_output_tokens()
     }
 
     /// The node's odometer: prompt tokens computed since it started.

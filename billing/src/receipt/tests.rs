@@ -234,7 +234,7 @@ fn a_receipt_is_held_against_prices_and_the_bill() {
         "the cost derived from the price book is 0.00008116 USD, but the receipt says 0.000081160001 USD"
     );
     let unknown = Receipt { model: "n".into(), ..receipt.clone() };
-    assert!(matches!(unknown.check_cost(&book()), Err(Mismatch::Unpriced(PriceError::NoModel(_)))));
+    assert!(matches!(unknown.check_cost(&book()), Err(Mismatch::Unpriced(PriceError::NoModel { .. }))));
 
     let check = |change: fn(&mut UsageEvent), expect: &str| {
         let mut bill = bill();

@@ -3,10 +3,13 @@
 mod audit;
 mod budgets;
 mod crash;
+mod credits;
 mod exports;
 mod history;
+mod invoices;
 mod lifecycle;
 mod notices;
 mod prices;
 mod receipts;
 mod support;
+mod writes;

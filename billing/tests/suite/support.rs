@@ -112,14 +112,19 @@ pub async fn open_url(url: &str, patience: Duration) -> Database {
     Database::open(url, &options).await.expect("the database opens")
 }
 
+/// The server that the tests may make databases on.
+pub fn postgres_server() -> String {
+    std::env::var("SLUICE_TEST_POSTGRES").expect(
+        "SLUICE_TEST_POSTGRES names a PostgreSQL server: run ./tests/run, which starts one, or `tests/postgres start DIR`",
+    )
+}
+
 /// The file, or an empty database on the server that SLUICE_TEST_POSTGRES names.
 async fn new_url(dir: &TempDir) -> String {
     if kind() == Kind::Sqlite {
         return file_url(&dir.path().join("ledger.db"));
     }
-    let server = std::env::var("SLUICE_TEST_POSTGRES").expect(
-        "SLUICE_TEST_POSTGRES names a PostgreSQL server: run ./tests/run, which starts one, or `tests/postgres start DIR`",
-    );
+    let server = postgres_server();
     let name = format!("t{}", Uuid::now_v7().simple());
     let admin = open_url(&server, PATIENCE).await;
     run(&admin, &format!("CREATE DATABASE {name}")).await.expect("a database");
@@ -196,7 +201,7 @@ impl World {
         World::open_with(dir, url, limits, PATIENCE).await
     }
 
-    async fn open_with(
+    pub async fn open_with(
         dir: TempDir,
         url: String,
         limits: BillingLimits,
@@ -250,6 +255,11 @@ impl World {
             None => self.url.clone(),
         };
         World::open_with(image, url, self.limits.clone(), PATIENCE).await.expect("billing recovers")
+    }
+
+    /// Sets the clock of this world's gateway.
+    pub fn set_now(&self, now: OffsetDateTime) {
+        self.elapsed_s.store((now - START).whole_seconds(), Ordering::Relaxed);
     }
 
     pub async fn audit(&self) -> Audit {

@@ -2,7 +2,9 @@
 //! and errors on stderr.
 
 mod budgets;
+mod credits;
 mod export;
+mod invoices;
 mod keys;
 mod money;
 mod prices;
@@ -62,6 +64,10 @@ enum Command {
     Migrate(MigrateArgs),
     /// Who is told of low balances, budgets and invoices: create, list and delete endpoints, replay deliveries.
     Webhooks(webhooks::WebhooksArgs),
+    /// Grants of credit: what is left of each, and what has expired.
+    Credits(credits::CreditsArgs),
+    /// Invoices: close a month, show, pay, take back, and write them as PDF or CSV.
+    Invoices(invoices::InvoicesArgs),
     /// Check the books: every transaction, line, rollup and balance. Fails if one does not hold.
     Audit(money::AuditArgs),
     /// Check receipts, the signed bills that come with each answer.
@@ -180,6 +186,8 @@ impl Cli {
             Command::Budgets(args) => args.run().await,
             Command::Migrate(args) => args.run().await,
             Command::Webhooks(args) => args.run().await,
+            Command::Credits(args) => args.run().await,
+            Command::Invoices(args) => args.run().await,
             Command::Audit(args) => args.run().await,
             Command::Receipt(args) => args.run().await,
             Command::Export(args) => args.run().await,
@@ -216,6 +224,14 @@ impl ConfigArgs {
         }
         let database = store::open(&config, false).await?;
         Ok((config, database))
+    }
+}
+
+impl ConfigArgs {
+    /// The books of an existing database.
+    async fn books(&self) -> anyhow::Result<Books> {
+        let (_, database) = self.database().await?;
+        Books::open(database).await.context("cannot open the books")
     }
 }
 

@@ -2,8 +2,8 @@
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
-use sluice_billing::{AccountId, Audit, Books, CreditGrant, Money, UsageGroup, UsageQuery};
-use time::{Date, OffsetDateTime, macros::format_description};
+use sluice_billing::{AccountId, Audit, Books, CreditGrant, CreditTerms, Money, UsageGroup, UsageQuery};
+use time::{Date, OffsetDateTime, format_description::well_known::Rfc3339, macros::format_description};
 use uuid::Uuid;
 
 use super::{ConfigArgs, print_json};
@@ -128,6 +128,12 @@ pub struct CreditArgs {
     /// Why; shown on the statement.
     #[arg(long, default_value = "credit added on the command line")]
     memo: String,
+    /// When what is left of it ends: a day, or a moment like 2027-01-31T12:00:00Z (UTC) [default: never].
+    #[arg(long, value_name = "WHEN", value_parser = parse_moment)]
+    expires_at: Option<OffsetDateTime>,
+    /// The lowest pays first; of equal ones the earliest to expire, of those the oldest.
+    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
+    priority: i32,
     /// Posting the same id again is a no-op: give one to make the command safe to repeat.
     #[arg(long, value_name = "UUID")]
     id: Option<Uuid>,
@@ -145,7 +151,8 @@ impl CreditArgs {
             granted_at: OffsetDateTime::now_utc(),
         };
         let books = books(&self.config).await?;
-        books.credit(&grant).await?;
+        let terms = CreditTerms { expires_at: self.expires_at, priority: self.priority };
+        books.credit_on(&grant, &terms).await?;
         let balance = books.balance(&grant.account).await?;
         if self.json {
             return print_json(&serde_json::json!({
@@ -199,6 +206,15 @@ pub(super) async fn books(config: &ConfigArgs) -> anyhow::Result<Books> {
 pub(super) fn parse_day(text: &str) -> Result<Date, String> {
     Date::parse(text, format_description!("[year]-[month]-[day]"))
         .map_err(|_| format!("{text:?} is not a day: write YYYY-MM-DD"))
+}
+
+/// The start of a day, or a moment.
+fn parse_moment(text: &str) -> Result<OffsetDateTime, String> {
+    let day = || parse_day(text).ok().map(|day| day.midnight().assume_utc());
+    OffsetDateTime::parse(text, &Rfc3339)
+        .ok()
+        .or_else(day)
+        .ok_or_else(|| format!("{text:?} is not a moment: write YYYY-MM-DD, or YYYY-MM-DDTHH:MM:SSZ"))
 }
 
 /// An amount of dollars that is not negative.

@@ -7,8 +7,7 @@ use sluice_proto::node::v1::{
     TokenizeRequest, generate_request::Command, generate_response::Event, tokenize_request::Input,
 };
 use sluice_tests::{
-    Cluster, ClusterOptions, Process, Signal, bundled_model, eventually, random_model, run_to_end,
-    run_to_json,
+    Cluster, ClusterOptions, NodeServer, bundled_model, eventually, random_model, run_to_end, run_to_json,
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
@@ -110,11 +109,9 @@ async fn commands_refuse_nonsense_and_name_it() {
 
 /// A node of its own, and a client as the gateway has one.
 pub struct Node {
-    process: Process,
     pub client: NodeServiceClient<Channel>,
-    url: String,
     pub model: String,
-    _folder: tempfile::TempDir,
+    server: NodeServer,
 }
 
 impl Node {
@@ -124,16 +121,9 @@ impl Node {
 
     /// With further arguments of `sluice-node serve`.
     pub async fn start_with(further: &[&str]) -> Node {
-        let folder = tempfile::tempdir().expect("a folder");
-        let model = random_model().await;
-        let args = ["serve", "--model", text_of(&model), "--listen", "127.0.0.1:0", "--json"];
-        let args = args.iter().chain(further);
-        let mut process = Process::spawn("sluice-node", args, &folder.path().join("node.log"));
-        let ready = process.announcement().await;
-        let url = ready["grpc_url"].as_str().unwrap_or_else(|| panic!("no grpc_url: {ready}")).to_owned();
-        let client = NodeServiceClient::connect(url.clone()).await.expect("it accepts");
-        let model = model.file_name().expect("a name").to_string_lossy().into_owned();
-        Node { process, client, url, model, _folder: folder }
+        let server = NodeServer::start_with(further).await;
+        let client = NodeServiceClient::connect(server.url.clone()).await.expect("it accepts");
+        Node { client, model: server.model.clone(), server }
     }
 
     fn start_command(&self, tokens_max: u32, granted: u64) -> GenerateRequest {
@@ -149,11 +139,9 @@ impl Node {
         }))
     }
 
-    pub async fn stop(mut self) {
+    pub async fn stop(self) {
         drop(self.client);
-        self.process.signal(Signal::Terminate);
-        let (status, _) = self.process.exit().await;
-        assert!(status.success(), "{status}: {}", self.process.log());
+        self.server.stop().await;
     }
 }
 
@@ -294,8 +282,8 @@ async fn a_remote_node_serves_as_the_embedded_one_does() {
     let node = Node::start().await;
     let embedded =
         Cluster::start_with(ClusterOptions { model: Some(random_model().await), ..Default::default() }).await;
-    let args = vec!["--node".to_owned(), node.url.clone()];
-    let remote = Cluster::start_with(ClusterOptions { args, ..Default::default() }).await;
+    let node_url = Some(node.server.url.clone());
+    let remote = Cluster::start_with(ClusterOptions { node_url, ..Default::default() }).await;
     assert_eq!(remote.model, embedded.model);
     let body = embedded.question("Near or far?", 50);
     let (near, far) = tokio::join!(embedded.stream_chat(&body), remote.stream_chat(&body));
