@@ -238,6 +238,7 @@ async fn settle_many(billing: &Billing, options: &Options) -> Outcomes<()> {
 /// One request from admission to its durable bill; how long the latter took.
 async fn bill(billing: &Billing, client: u64) -> Outcomes<Duration> {
     let request = AdmitRequest {
+        media_max: Default::default(),
         request_id: RequestId::new(Uuid::now_v7()),
         account: AccountId::new("acme"),
         org: "org".to_owned(),
@@ -253,6 +254,8 @@ async fn bill(billing: &Billing, client: u64) -> Outcomes<Duration> {
     let hold = billing.admit(request).await?;
     let begun = Instant::now();
     let outcome = Outcome {
+        media: Default::default(),
+        reasoning_tokens: 0,
         input_tokens: PROMPT_TOKENS,
         cached_input_tokens: 0,
         output_tokens: ANSWER_TOKENS,
