@@ -48,9 +48,9 @@ def test_parquet_sums_to_the_ledger(dataset):
     assert len(pc.unique(rows["request_id"])) == REQUESTS
 
 
-def test_every_line_is_its_quantity_times_its_price():
+def test_every_line_is_its_price_for_each_unit_begun():
     for row in table("cost").to_pylist():
-        assert row["quantity"] * row["unit_price"] == row["cost"], row
+        assert -(-row["quantity"] // row["unit_size"]) * row["unit_price"] == row["cost"], row
 
 
 def test_duckdb_sums_to_the_ledger():

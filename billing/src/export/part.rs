@@ -15,7 +15,7 @@ use super::{
     json_lines::JsonLinesWriter,
     manifest::{FileRecord, sync_dir_of, written},
     parquet_file::ParquetWriter,
-    table::{Cell, Table, Totals},
+    table::{Cell, RowTotals, Table},
 };
 
 /// The extension of a part that is not whole.
@@ -27,9 +27,8 @@ pub(crate) struct Part {
     temporary: PathBuf,
     encoder: Encoder,
     table: Table,
-    currency_index: usize,
     rows: u64,
-    totals: Totals,
+    totals: RowTotals,
 }
 
 enum Encoder {
@@ -79,13 +78,13 @@ impl Part {
                 Encoder::Parquet(Box::new(ParquetWriter::new(hashed, table.columns).map_err(parquet)?))
             }
         };
-        let currency_index = table.index_of(table.currency);
-        Ok(Part { path, name, temporary, encoder, table, currency_index, rows: 0, totals: Totals::default() })
+        let totals = RowTotals::new(&table);
+        Ok(Part { path, name, temporary, encoder, table, rows: 0, totals })
     }
 
     pub fn row(&mut self, cells: &[Cell<'_>]) -> Result<(), ExportError> {
         self.rows += 1;
-        self.totals.add_row(&self.table, self.currency_index, cells);
+        self.totals.add(cells);
         let Part { encoder, temporary, .. } = self;
         match encoder {
             Encoder::Csv(writer) => writer.row(cells).map_err(ExportError::file(temporary, "written")),
@@ -124,7 +123,7 @@ impl Part {
             source: origin.source.to_owned(),
             first_sequence: origin.first_sequence,
             last_sequence: origin.last_sequence,
-            totals: written(&table, &totals),
+            totals: written(&table, &totals.totals()),
             price_books: origin.price_books,
         })
     }

@@ -93,17 +93,6 @@ impl<'a> Cell<'a> {
 pub(crate) struct Totals(pub BTreeMap<String, BTreeMap<String, i128>>);
 
 impl Totals {
-    pub fn add_row(&mut self, table: &Table, currency_index: usize, cells: &[Cell<'_>]) {
-        let Cell::Text(currency) = &cells[currency_index] else { return };
-        for (index, column) in table.controls() {
-            match cells[index] {
-                Cell::Count(value) => self.add_value(currency, column.name, value.into()),
-                Cell::Decimal(value) => self.add_value(currency, column.name, value),
-                _ => {}
-            }
-        }
-    }
-
     pub fn add_value(&mut self, currency: &str, column: &str, value: i128) {
         if !self.0.contains_key(currency) {
             self.0.insert(currency.to_owned(), BTreeMap::new());
@@ -122,6 +111,50 @@ impl Totals {
                 *mine.entry(column.clone()).or_default() += sum;
             }
         }
+    }
+}
+
+/// The control totals of rows as they are written: by place, without looking a name up for each cell.
+#[derive(Debug)]
+pub(crate) struct RowTotals {
+    currency_index: usize,
+    controls: Vec<(usize, &'static Column)>,
+    /// Of each currency the sums of the control columns; None where there was no value yet.
+    sums: Vec<(String, Vec<Option<i128>>)>,
+}
+
+impl RowTotals {
+    pub fn new(table: &Table) -> RowTotals {
+        let controls = table.controls().collect();
+        RowTotals { currency_index: table.index_of(table.currency), controls, sums: Vec::new() }
+    }
+
+    pub fn add(&mut self, cells: &[Cell<'_>]) {
+        let Cell::Text(currency) = &cells[self.currency_index] else { return };
+        let known = self.sums.iter().position(|(known, _)| known == currency);
+        let place = known.unwrap_or_else(|| {
+            self.sums.push((currency.to_string(), vec![None; self.controls.len()]));
+            self.sums.len() - 1
+        });
+        for ((index, _), sum) in self.controls.iter().zip(&mut self.sums[place].1) {
+            match cells[*index] {
+                Cell::Count(value) => *sum = Some(sum.unwrap_or_default() + i128::from(value)),
+                Cell::Decimal(value) => *sum = Some(sum.unwrap_or_default() + value),
+                _ => {}
+            }
+        }
+    }
+
+    pub fn totals(&self) -> Totals {
+        let mut totals = Totals::default();
+        for (currency, sums) in &self.sums {
+            for ((_, column), sum) in self.controls.iter().zip(sums) {
+                if let Some(sum) = sum {
+                    totals.add_value(currency, column.name, *sum);
+                }
+            }
+        }
+        totals
     }
 }
 
@@ -172,10 +205,11 @@ mod tests {
         static COLUMNS: [Column; 2] =
             [column("cost", Kind::Decimal).control(), column("currency", Kind::Text)];
         let table = Table { columns: &COLUMNS, currency: "currency" };
-        let mut totals = Totals::default();
-        for (cost, currency) in [(i128::from(i64::MAX), "USD"), (i128::from(i64::MAX), "USD"), (1, "EUR")] {
-            totals.add_row(&table, 1, &[Cell::Decimal(cost), Cell::text(currency)]);
+        let mut rows = RowTotals::new(&table);
+        for (cost, currency) in [(i128::from(i64::MAX), "USD"), (1, "EUR"), (i128::from(i64::MAX), "USD")] {
+            rows.add(&[Cell::Decimal(cost), Cell::text(currency)]);
         }
+        let totals = rows.totals();
         assert_eq!(totals.0["USD"]["cost"], 2 * i128::from(i64::MAX));
         assert_eq!(totals.0["EUR"]["cost"], 1);
         let mut twice = totals.clone();

@@ -97,7 +97,7 @@ impl Books {
             Dataset::Focus12 | Dataset::Focus14 => vec![
                 ("EffectiveCost", ledger.cost),
                 ("BilledCost", ledger.postpaid + ledger.purchased),
-                ("ListCost", ledger.cost + ledger.purchased),
+                ("ContractedCost", ledger.cost + ledger.purchased),
             ],
         };
         for (column, expected) in expected {

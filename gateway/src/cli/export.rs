@@ -25,36 +25,46 @@ const LINE_EVERY: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Args)]
 #[command(
+    about = "Usage and cost as CSV, JSON Lines, Parquet, FOCUS 1.2 or 1.4",
     long_about = "\
 Usage and cost as files that other tools read: CSV, JSON Lines, Parquet; FOCUS 1.2 and 1.4.
 
-An export is a folder. Part files hold the rows; a manifest for each run says which stretch of the ledger they are, with
-a SHA-256 and control totals for every file, and the hash of the manifest before it.
+An export is a folder. Part files hold the rows. A manifest for each run says which stretch of the
+ledger they are, with a SHA-256 and control totals for every file, and the hash of the manifest
+before it:
 
   usage-000001.parquet  usage-000002.parquet  manifest-000001.json
-  usage-000003.parquet                        manifest-000002.json  manifest.json (a copy of the newest)
+  usage-000003.parquet                        manifest-000002.json
+                                              manifest.json, a copy of the newest
 
-Run the same command again and it adds what has arrived since. Kill it, and the next run goes on after the last whole
-part. The same stretch gives the same bytes, on any machine, on any day.",
+Run the same command again, and it adds what has arrived since. Kill it, and the next run goes on
+after the last whole part. The same stretch gives the same bytes, on any machine, on any day.",
     after_long_help = "\
 Datasets:
-  usage      a row a request: tokens by class, how it ended, how long it took, what it cost
+  usage      a row a request: tokens by class, how it ended, how long it took, its cost
   cost       a row a request and SKU: quantity, unit price, cost
-  focus-1.2  FinOps FOCUS Cost and Usage: a row an hour, key and SKU, and one for each purchase of credit
+  focus-1.2  FinOps FOCUS Cost and Usage: a row an hour, key and SKU, and a row a purchase
   focus-1.4  the same in the columns of 1.4
-Amounts are exact, in dollars with up to 12 decimals: DECIMAL(38,12) in Parquet, text in JSON. Times are UTC.
+
+Amounts are exact, in dollars with up to 12 decimals: DECIMAL(38,12) in Parquet, text in JSON.
+Times are UTC. Text in CSV that begins with = + - @ would be run by a spreadsheet: it gets an
+apostrophe in front, which --csv-raw leaves out.
 
 Examples:
-  sluice export run --dataset usage --format parquet --out usage/            everything; again later: what is new
-  sluice export run --dataset focus-1.2 --format csv --out focus/            for a FinOps tool
-  sluice export run --dataset cost --format jsonl --out may/ --from 2026-05-01 --to 2026-06-01 --account acme
-  sluice export run --repeat usage/manifest-000001.json --out copy/          the same bytes once more
-  sluice export verify usage/                                                hashes, chain, rows, totals
-  sluice export verify usage/ --ledger                                       .. and the sums against the ledger
-  duckdb -c \"SELECT model, sum(cost) FROM 'usage/*.parquet' GROUP BY 1\"
-
-In CSV, text that begins with = + - @ would be run by a spreadsheet: it gets an apostrophe in front, which --csv-raw
-leaves out."
+  Everything; the same command later adds what is new:
+    sluice export run --dataset usage --format parquet --out usage/
+  For a FinOps tool:
+    sluice export run --dataset focus-1.2 --format csv --out focus/
+  One account's May:
+    sluice export run --dataset cost --format jsonl --out may/ --account acme \\
+      --from 2026-05-01 --to 2026-06-01
+  The same bytes once more:
+    sluice export run --repeat usage/manifest-000001.json --out copy/
+  Hashes, chain, rows and totals; then the sums against the ledger, too:
+    sluice export verify usage/
+    sluice export verify usage/ --ledger
+  Ask it something:
+    duckdb -c \"SELECT model, sum(cost) FROM 'usage/*.parquet' GROUP BY 1\""
 )]
 pub struct ExportArgs {
     #[command(subcommand)]

@@ -72,7 +72,6 @@ enum Command {
     Audit(money::AuditArgs),
     /// Check receipts, the signed bills that come with each answer.
     Receipt(receipt::ReceiptArgs),
-    /// Usage and cost as CSV, JSON Lines, Parquet, FOCUS 1.2 or 1.4.
     Export(export::ExportArgs),
 }
 
