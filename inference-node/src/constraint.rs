@@ -12,8 +12,11 @@
 //! sequence continues elsewhere by replaying them.
 
 mod compile;
+mod crew;
 mod guide;
 mod masks;
+mod numbers;
+mod patterns;
 mod schema;
 mod tools;
 mod vocabulary;

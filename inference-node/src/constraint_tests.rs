@@ -19,6 +19,7 @@ fn limits() -> ConstraintLimits {
         compile_wait_max: Duration::from_secs(60),
         compile_threads: 1,
         compile_waiting_max: 4,
+        compile_given_up_max: 1,
     }
 }
 
@@ -153,9 +154,9 @@ fn keys_in_disguise_are_stopped() {
 #[test]
 fn only_a_grammar_that_takes_long_itself_is_at_fault() {
     let tokenizer = tokenizer();
-    let limits = ConstraintLimits { compile_wait_max: Duration::from_millis(1), ..limits() };
+    let limits =
+        ConstraintLimits { compile_wait_max: Duration::from_millis(1), compile_given_up_max: 0, ..limits() };
     let grammars = Grammars::start(&tokenizer, &[END], None, limits).expect("a thread starts");
-    let slow = || Constraint::Lark(format!("start: {}", "\"a\" ".repeat(60_000)));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
     let (first, second) = runtime.block_on(async {
         let first = grammars.plan(slow(), vec![]).await;
@@ -164,6 +165,210 @@ fn only_a_grammar_that_takes_long_itself_is_at_fault() {
     let Err(first) = first else { panic!("it takes longer") };
     assert!(matches!(&first, Refused::Invalid { reason, .. } if reason.contains("within 1 ms")), "{first}");
     assert_eq!(second.err(), Some(Refused::Busy));
+}
+
+/// A grammar that takes long, whatever the machine.
+fn slow() -> Constraint {
+    let rules: String = (0..9_000).map(|n| format!("r{n}: \"a\" r{} | \"b\"\n", n + 1)).collect();
+    Constraint::Lark(format!("start: r0\n{rules}r9000: \"c\"\n"))
+}
+
+#[test]
+fn a_thread_that_overran_its_time_is_replaced_while_few_are() {
+    let tokenizer = tokenizer();
+    let limits = ConstraintLimits { compile_wait_max: Duration::from_millis(1), ..limits() };
+    let grammars = Grammars::start(&tokenizer, &[END], None, limits).expect("a thread starts");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
+    runtime.block_on(async {
+        // Two of them: the one thread, and the one that takes its place.
+        for _ in 0..2 {
+            let outcome = grammars.plan(slow(), vec![]).await.err().expect("it takes longer");
+            assert!(
+                matches!(&outcome, Refused::Invalid { reason, .. } if reason.contains("within")),
+                "{outcome}"
+            );
+        }
+        assert_eq!(grammars.given_up(), 1);
+        let third = grammars.plan(Constraint::JsonObject, vec![]).await.err();
+        assert_eq!((third, grammars.given_up()), (Some(Refused::Busy), 1), "no more may be given up");
+        // It ends on its own, and may be missed again.
+        while grammars.given_up() > 0 {
+            std::thread::yield_now();
+        }
+    });
+}
+
+/// Through all ways into a schema: refused for what it says, not for the time it took.
+#[test]
+fn patterns_that_multiply_are_refused_before_anybody_compiles_them() {
+    let bench = Bench::new(ToolFormat::Object);
+    let letter = |n: u8| char::from(b'a' + n);
+    let parts: Vec<_> = (0..24u8)
+        .map(|n| json!({"pattern": format!(".*{}.{{{}}}{}", letter(n), 30 + n, letter(n + 1))}))
+        .collect();
+    let string = json!({"type": "string", "allOf": parts});
+    let object = json!({"type": "object", "properties": {"x": string}, "required": ["x"]});
+    let field = "constraint.json_schema";
+    for schema_value in [
+        string.clone(),
+        object.clone(),
+        json!({"type": "array", "items": string}),
+        json!({"type": "object", "patternProperties": {"^a": string}, "additionalProperties": false}),
+        json!({"$ref": "#/$defs/x", "$defs": {"x": string}}),
+        json!({"anyOf": [{"type": "null"}, string]}),
+    ] {
+        bench.refuses(schema(schema_value), field, "join them into one");
+    }
+    let strict = json!([{"function": {"name": "f", "strict": true, "parameters": object}}]);
+    let at = "constraint.tool_calls.tools_json[0].function.parameters";
+    bench.refuses(calls(strict, ToolChoice::Required, true), at, "join them into one");
+    let lenient = json!([{"function": {"name": "f", "parameters": object}}]);
+    bench.takes(&calls(lenient, ToolChoice::Required, true), &[r#"{"tool": "f", "arguments": {"x": 1}}"#]);
+    let operands: Vec<String> = (0..12u8).map(|n| format!("/.*{}.{{{}}}x/", letter(n), 30 + n)).collect();
+    bench.refuses(
+        Constraint::Lark(format!("start: A\nA: {}", operands.join(" & "))),
+        "constraint.lark",
+        "of &",
+    );
+    // As many as may meet cost no more than their limits.
+    for count in [2, 3] {
+        let two = json!({"type": "string", "allOf": parts[..2], "minLength": 5, "maxLength": 900});
+        let intersection = Constraint::Lark(format!("start: A\nA: {}", operands[..count].join(" & ")));
+        for source in [schema(two), intersection] {
+            let begun = std::time::Instant::now();
+            let outcome = bench.guide(&source, vec![]).map(wander);
+            println!("{:?} {outcome:?}", begun.elapsed());
+        }
+    }
+}
+
+#[test]
+fn a_grammar_has_no_way_past_the_checks_of_a_schema() {
+    let bench = Bench::new(ToolFormat::Object);
+    let lark = |text: &str| Constraint::Lark(text.into());
+    let field = "constraint.lark";
+    bench.refuses(lark("start: %json {\"multipleOf\":99999999,\"type\":\"integer\"}"), field, "%json");
+    bench.refuses(lark("start: %lark { start: %json {\"type\":\"null\"} }"), field, "%json");
+    bench.refuses(lark("%llguidance {\"no_forcing\":true}\nstart: /a/"), field, "%llguidance");
+    bench.takes(&lark("start: \"\\x25json \\x26 co\""), &["%json & co"]);
+}
+
+#[test]
+fn bounds_let_through_no_more_than_they_say() {
+    let bench = Bench::new(ToolFormat::Object);
+    let number = |bounds: serde_json::Value| {
+        let mut schema = json!({"type": "number"});
+        schema.as_object_mut().expect("an object").extend(bounds.as_object().expect("an object").clone());
+        schema
+    };
+    for (bounds, takes, stops) in [
+        (
+            json!({"exclusiveMinimum": 0, "maximum": 0.5}),
+            vec!["0.5", "0.001"],
+            vec!["0", "0.0", "0.51", "-0.1"],
+        ),
+        (json!({"minimum": -0.5, "exclusiveMaximum": 0}), vec!["-0.5", "-0.001"], vec!["0", "-0", "-0.0"]),
+        (
+            json!({"exclusiveMinimum": 100, "exclusiveMaximum": 100.5}),
+            vec!["100.4"],
+            vec!["100", "100.0", "100.5"],
+        ),
+        (json!({"allOf": [{"exclusiveMinimum": 5}, {"maximum": 5.5}]}), vec!["5.1"], vec!["5", "5.0"]),
+        (json!({"exclusiveMinimum": -1}), vec!["-0.9", "7"], vec!["-1", "-1.0"]),
+    ] {
+        let constraint = schema(number(bounds));
+        bench.takes(&constraint, &takes);
+        bench.stops(&constraint, &stops);
+    }
+    let integer = schema(json!({"type": "integer", "exclusiveMinimum": 0, "exclusiveMaximum": 3}));
+    bench.takes(&integer, &["1", "2"]);
+    bench.stops(&integer, &["0", "3"]);
+}
+
+/// The judge shares no code with what enforces the bounds.
+#[test]
+fn of_all_pairs_of_bounds_none_lets_an_invalid_number_through() {
+    let bench = Bench::new(ToolFormat::Object);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
+    let (mut schemas, mut taken) = (Vec::new(), 0);
+    for low in [0.0, 1.0, 5.0, -5.0, 0.5, 100.0, -0.5] {
+        for width in [0.001, 0.5, 1.0, 10.0] {
+            for (least, most) in [
+                ("minimum", "maximum"),
+                ("minimum", "exclusiveMaximum"),
+                ("exclusiveMinimum", "maximum"),
+                ("exclusiveMinimum", "exclusiveMaximum"),
+            ] {
+                for kind in ["number", "integer"] {
+                    let high = low + width;
+                    let near =
+                        [low, high, low + width / 2.0, low - 1e-4, high + 1e-4, high - 1e-4, low + 1e-4];
+                    schemas.push((json!({"type": kind, least: low, most: high}), near));
+                }
+            }
+        }
+    }
+    for (value, near) in schemas {
+        let judge = jsonschema::validator_for(&value).expect("a schema");
+        // Some hold no number.
+        let Ok(plan) = runtime.block_on(bench.grammars.plan(schema(value.clone()), vec![])) else { continue };
+        let texts = near
+            .iter()
+            .chain(&[0.0, 1.0, -1.0])
+            .flat_map(|n| [format!("{n}"), format!("{n}.0"), format!("-{n}")]);
+        for text in texts.filter(|text| serde_json::from_str::<f64>(text).is_ok()) {
+            let mut guide = Guide::new(plan.clone());
+            let ids = bench.tokenizer.encode_text(&text).expect("it encodes");
+            let fits = ids.iter().all(|&id| {
+                !guide.is_complete() && allows(guide.mask().expect("a mask"), id) && guide.consume(id).is_ok()
+            });
+            if fits && (guide.is_complete() || allows(guide.mask().expect("a mask"), END)) {
+                let number: serde_json::Value = serde_json::from_str(&text).expect("a number");
+                assert!(judge.is_valid(&number), "{text} under {value}");
+                taken += 1;
+            }
+        }
+    }
+    assert!(taken > 200, "{taken}");
+}
+
+#[test]
+fn numbers_beyond_a_double_are_exact_or_refused() {
+    let bench = Bench::new(ToolFormat::Object);
+    let field = "constraint.json_schema";
+    bench.refuses(schema(json!({"const": 9_007_199_254_740_993u64})), field, "/const holds a number");
+    bench.refuses(
+        Constraint::JsonSchema(r#"{"enum": [1, [18446744073709551616]]}"#.into()),
+        field,
+        "/enum holds",
+    );
+    let at =
+        json!({"type": "integer", "minimum": 9_007_199_254_740_993u64, "maximum": 9_007_199_254_740_993u64});
+    bench.refuses(schema(at), field, "/minimum must be within");
+    bench.refuses(schema(json!({"type": "integer", "minimum": 1e19})), field, "/minimum must be within");
+    bench.refuses(schema(json!({"type": "integer", "maximum": -1e30})), field, "/maximum must be within");
+    let largest = "9007199254740991";
+    bench.takes(&Constraint::JsonSchema(format!("{{\"const\": {largest}}}")), &[largest]);
+    let wide = schema(json!({"type": "integer", "minimum": 5, "maximum": i64::MAX}));
+    bench.takes(&wide, &["5", largest]);
+    bench.stops(&wide, &["4"]);
+}
+
+#[test]
+fn references_are_followed_through_names_that_need_escapes() {
+    let bench = Bench::new(ToolFormat::Object);
+    let by_escapes = json!({"$ref": "#/definitions/a~0b%20c", "definitions": {"a~b c": {"enum": ["x"]}}});
+    bench.takes(&schema(by_escapes.clone()), &[r#""x""#]);
+    bench.stops(&schema(by_escapes), &["1", r#""y""#]);
+}
+
+#[test]
+fn a_wide_object_is_followed() {
+    let bench = Bench::new(ToolFormat::Object);
+    let properties: serde_json::Map<_, _> =
+        (0..600).map(|n| (format!("property_{n}"), json!({"type": "integer"}))).collect();
+    let wide = schema(json!({"type": "object", "properties": properties}));
+    bench.takes(&wide, &["{}", r#"{"property_0":1,"property_599":2,"other":3}"#]);
 }
 
 #[test]
@@ -237,6 +442,11 @@ fn what_cannot_be_is_refused_by_name() {
     bench.refuses(schema(json!({"type": "strnig"})), field, "strnig");
     bench.refuses(schema(json!({"type": "string", "format": "moon-phase"})), field, "moon-phase");
     bench.refuses(schema(json!({"if": {"type": "string"}, "then": {}})), field, "if");
+    bench.refuses(
+        schema(json!({"oneOf": [{"type": "integer"}, {"type": "integer", "minimum": 3}]})),
+        field,
+        "write anyOf",
+    );
     bench.refuses(schema(json!({"$ref": "https://example.com/x.json"})), field, "");
     bench.refuses(schema(json!({"$ref": "#/$defs/nowhere"})), field, "nowhere");
     bench.refuses(schema(json!({"type": "integer", "minimum": 5, "maximum": 4})), field, "");

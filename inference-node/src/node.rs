@@ -135,6 +135,10 @@ pub struct NodeOptions {
     #[arg(long, value_name = "N", default_value_t = DEFAULT_CONSTRAINT_THREADS)]
     pub constraint_threads: usize,
 
+    /// Threads at once that compile longer than --constraint-wait-ms: each has been replaced, and works on for nobody
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_CONSTRAINT_GIVEN_UP_MAX)]
+    pub constraint_given_up_max: usize,
+
     /// Longest text that Tokenize takes
     #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_TOKENIZE_BYTES_MAX)]
     pub tokenize_bytes_max: usize,
@@ -153,6 +157,7 @@ const DEFAULT_TOKENIZE_BYTES_MAX: usize = 8 << 20;
 const DEFAULT_CONSTRAINT_BYTES_MAX: usize = 256 << 10;
 const DEFAULT_CONSTRAINT_WAIT_MS: u64 = 5_000;
 const DEFAULT_CONSTRAINT_THREADS: usize = 1;
+const DEFAULT_CONSTRAINT_GIVEN_UP_MAX: usize = 2;
 const DEFAULT_CACHE_BYTES_MAX: u64 = 4 << 30;
 const DEFAULT_CACHE_RAM_BYTES: u64 = 1 << 30;
 const DEFAULT_CACHE_DISK_BYTES: u64 = 16 << 30;
@@ -191,6 +196,7 @@ impl NodeOptions {
             constraint_bytes_max: DEFAULT_CONSTRAINT_BYTES_MAX,
             constraint_wait_ms: DEFAULT_CONSTRAINT_WAIT_MS,
             constraint_threads: DEFAULT_CONSTRAINT_THREADS,
+            constraint_given_up_max: DEFAULT_CONSTRAINT_GIVEN_UP_MAX,
             tokenize_bytes_max: DEFAULT_TOKENIZE_BYTES_MAX,
         }
     }
@@ -214,6 +220,18 @@ impl NodeOptions {
             if matches!(field, "slots" | "waiting-max") && value > SEQUENCES_MAX {
                 return refuse(field, format!("must be at most {SEQUENCES_MAX}"));
             }
+        }
+        if self.constraint_given_up_max > THREADS_MAX {
+            return refuse("constraint-given-up-max", format!("must be at most {THREADS_MAX}"));
+        }
+        if self.model_name.as_deref() == Some("") {
+            return refuse(
+                "model-name",
+                "must not be empty; leave it out for the name of the folder".to_owned(),
+            );
+        }
+        if self.cache_tokens.is_some_and(|tokens| tokens == 0 || tokens > CACHE_TOKENS_MAX) {
+            return refuse("cache-tokens", format!("must be 1 to {CACHE_TOKENS_MAX}"));
         }
         for (field, value_ms) in [
             ("grant-idle-ms", self.grant_idle_ms),
@@ -306,6 +324,8 @@ const WAIT_MS_MAX: u64 = 24 * 3600 * 1000;
 const SEQUENCES_MAX: usize = 1 << 20;
 /// Threads beyond this are a typing error.
 const THREADS_MAX: usize = 1024;
+/// Beyond it a figure is a typing error: terabytes of any model.
+const CACHE_TOKENS_MAX: usize = 1 << 32;
 /// Beyond this there is no bound worth the name: `--step-tokens-max` sets it.
 const MIXED_STEP_RATIO_MAX: f64 = 1000.0;
 
@@ -358,6 +378,7 @@ impl Node {
                 compile_wait_max: Duration::from_millis(options.constraint_wait_ms),
                 compile_threads: options.constraint_threads,
                 compile_waiting_max: options.waiting_max,
+                compile_given_up_max: options.constraint_given_up_max,
             },
         )
         .map_err(EngineError::Thread)?;
@@ -450,12 +471,18 @@ impl Node {
     }
 }
 
+/// What a model is called that nobody named.
+pub fn name_of(dir: &Path) -> String {
+    let name = dir.canonicalize().ok();
+    let name = name.as_ref().and_then(|dir| dir.file_name()).map(|name| name.to_string_lossy().into_owned());
+    name.unwrap_or_else(|| "model".to_owned())
+}
+
 fn describe(model: &Model, options: &NodeOptions) -> proto::ModelDescription {
     let config = model.config();
     let dir = &options.model_dir;
-    let dir_name = || dir.canonicalize().ok()?.file_name().map(|name| name.to_string_lossy().into_owned());
     proto::ModelDescription {
-        name: options.model_name.clone().or_else(dir_name).unwrap_or_else(|| "model".to_owned()),
+        name: options.model_name.clone().unwrap_or_else(|| name_of(dir)),
         content_hash: model.content_hash().to_owned(),
         context_tokens_max: u32::try_from(config.context_tokens_max).unwrap_or(u32::MAX),
         vocabulary_size: u32::try_from(config.vocab_size).unwrap_or(u32::MAX),

@@ -172,6 +172,7 @@ async fn bad_requests_name_the_field() {
         ("constraint", constrained(None)),
         ("constraint.regex", constrained(Some(Kind::Regex("(".into())))),
         ("constraint.json_schema", constrained(Some(Kind::JsonSchema("[]".into())))),
+        ("constraint.lark", constrained(Some(Kind::Lark("start: %json {}".into())))),
         ("constraint.tool_calls.tools_json", constrained(Some(Kind::ToolCalls(Default::default())))),
     ]);
     for (field, start) in cases {
@@ -181,6 +182,50 @@ async fn bad_requests_name_the_field() {
     }
     let other = proto::Start { model: "other".into(), ..start(vec![5], 2) };
     assert_eq!(generate(&channel, other).await.map(drop).expect_err("unknown").code(), Code::NotFound);
+}
+
+/// As the contract has it: what was computed of this request, here or elsewhere.
+#[tokio::test]
+async fn usage_counts_what_was_computed_and_where_it_went_on() {
+    let (_node, channel) = serve(|options| options.cache_ram_bytes = 0).await;
+    let usage_of = async |start: proto::Start| {
+        let (_commands, stream) = generate(&channel, start).await.expect("accepted");
+        let last = frames(stream).await.pop().expect("an end");
+        let usage = last.usage.expect("usage");
+        (usage.input_tokens, usage.cached_input_tokens, usage.output_tokens, finish_reason(&last))
+    };
+    let none = proto::Grant { output_tokens: 0, is_final: true };
+    let ungranted = proto::Start { grant: Some(none), ..start((5..25).collect(), 9) };
+    let (input, cached, output, reason) = usage_of(ungranted).await;
+    assert!(input + cached < 20 && output == 0 && reason == proto::FinishReason::GrantExhausted);
+    let begin = start((5..25).collect(), 9);
+    assert_eq!(usage_of(begin.clone()).await, (20, 0, 9, proto::FinishReason::Length));
+    let resumed = proto::Start { resume_ids: vec![9; 9], ..begin };
+    assert_eq!(usage_of(resumed).await, (20, 0, 9, proto::FinishReason::Length), "as it was elsewhere");
+}
+
+/// The automaton has 2^60 states, of which an answer meets ever new ones.
+#[tokio::test]
+async fn a_constraint_that_cannot_be_followed_is_named() {
+    let (_node, channel) = serve(|_| {}).await;
+    let kind = Kind::JsonSchema(r#"{"type":"string","pattern":"^.*a.{60}$"}"#.into());
+    let begin = proto::Start {
+        output_tokens_max: 900,
+        grant: Some(proto::Grant { output_tokens: 900, is_final: true }),
+        sampling: Some(proto::Sampling { temperature: 1.5, seed: 3, ..Default::default() }),
+        ignore_end_of_sequence: true,
+        ..constrained(Some(kind))
+    };
+    let (_commands, mut stream) = generate(&channel, begin).await.expect("it compiles");
+    let status = loop {
+        match stream.message().await {
+            Ok(frame) => assert!(frame.is_some(), "it was followed to its end"),
+            Err(status) => break status,
+        }
+    };
+    let violation = status.get_details_bad_request().expect("details").field_violations.remove(0);
+    assert_eq!(violation.field, "constraint.json_schema");
+    assert!(violation.description.contains("too complex"), "{violation:?}");
 }
 
 #[tokio::test]
@@ -311,6 +356,13 @@ fn start_errors_say_what_to_do() {
     assert!(refuse(no_mixed_steps).starts_with("--mixed-step-ratio must be over 1"));
     let thrashing = NodeOptions { preempt_after_tokens: 0, ..NodeOptions::new(&demo) };
     assert!(refuse(thrashing).starts_with("--preempt-after-tokens must be at least 1"));
+    let nameless = NodeOptions { model_name: Some(String::new()), ..NodeOptions::new(&demo) };
+    assert!(refuse(nameless).starts_with("--model-name must not be empty"));
+    let endless = NodeOptions { cache_tokens: Some(99_999_999_999_999), ..NodeOptions::new(&demo) };
+    assert!(refuse(endless).starts_with("--cache-tokens must be 1 to"));
+    let file = NodeOptions { cache_dir: Some(demo.join("config.json")), ..NodeOptions::new(&demo) };
+    let error = anyhow::Error::from(Node::start(file).map(drop).expect_err("refused"));
+    assert!(format!("{error:#}").contains("config.json is a file: name a folder"), "{error:#}");
     let bare = tempfile::tempdir().expect("a directory");
     for file in ["config.json", "model.safetensors"] {
         std::fs::copy(demo.join(file), bare.path().join(file)).expect("copied");
@@ -371,6 +423,29 @@ async fn tool_calls_come_as_calls_and_go_on_elsewhere() {
         let joined = [before.to_vec(), frames(stream).await].concat();
         assert_eq!(calls_of(&joined).0, calls, "cut before frame {cut}");
     }
+}
+
+#[tokio::test]
+async fn a_stop_string_in_a_call_leaves_no_half_call() {
+    let (_node, channel) = serve(|_| {}).await;
+    let required = proto::ToolCalls {
+        tools_json: TOOLS.into(),
+        choice: proto::ToolChoice::Required.into(),
+        ..Default::default()
+    };
+    let begin = constrained(Some(Kind::ToolCalls(required)));
+    for (stop_string, whole_calls) in [("\"word", 0), ("nowhere", 1)] {
+        let begin = proto::Start { stop_strings: vec![stop_string.into()], ..begin.clone() };
+        let (_commands, stream) = generate(&channel, begin).await.expect("accepted");
+        let frames = frames(stream).await;
+        assert_eq!((calls_of(&frames).0.len(), calls_of(&frames).1.as_str()), (whole_calls, ""));
+        assert_eq!(finish_reason(frames.last().expect("frames")), proto::FinishReason::Stop);
+    }
+    // What a limit cuts is told as far as it is there.
+    let limited = proto::Start { output_tokens_max: 12, stop_strings: vec!["nowhere".into()], ..begin };
+    let (_commands, stream) = generate(&channel, limited).await.expect("accepted");
+    let frames = frames(stream).await;
+    assert_eq!(finish_reason(frames.last().expect("frames")), proto::FinishReason::Length);
 }
 
 #[tokio::test]

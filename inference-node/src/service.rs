@@ -247,6 +247,9 @@ impl Service {
             return None;
         }
         let mut reader = ToolCallReader::new(self.0.tool_format?);
+        if !start.stop_strings.is_empty() {
+            reader = reader.with_whole_calls();
+        }
         let mut detokenizer = Detokenizer::new(start.stop_strings.clone().into());
         let mut sent = String::new();
         for (index, &id) in start.resume_ids.iter().enumerate() {
@@ -359,6 +362,7 @@ impl NodeService for Service {
         };
         let request_id = start.request_id.clone();
         let tool_calls = self.tool_calls(&start);
+        let constraint_field = shape::constraint_field(start.constraint.as_ref());
         let answer = self.0.engine.submit(self.submission(start, deadline).await?).await.map_err(refused)?;
         let hung_up = CancellationToken::new();
         tokio::spawn(obey(requests, answer.remote(), hung_up.clone()));
@@ -370,6 +374,7 @@ impl NodeService for Service {
             sequence_number: 0,
             started: false,
             request_id,
+            constraint_field,
             _counted: counted,
             _hung_up: hung_up.drop_guard(),
         };
@@ -406,6 +411,8 @@ struct Reply {
     sequence_number: u64,
     started: bool,
     request_id: String,
+    /// What of the request is at fault if its constraint cannot be followed.
+    constraint_field: &'static str,
     _counted: TaskTrackerToken,
     _hung_up: DropGuard,
 }
@@ -421,7 +428,7 @@ impl Reply {
 
     fn unpack(&mut self, delivery: Delivery) {
         let Delivery { text, ids, logprobs, usage, ending } = delivery;
-        let Reading { text, calls } = self.read(text, ending.is_some());
+        let Reading { text, calls } = self.read(text, ending.as_ref());
         if !self.started && !ids.is_empty() {
             self.started = true;
             let before = Usage { output_tokens: usage.output_tokens - ids.len() as u64, ..usage };
@@ -441,18 +448,25 @@ impl Reply {
             }
             Some(Ending::Constraint(reason)) => {
                 self.response(None, usage);
-                self.frames.push_back(Err(invalid("constraint", reason)));
+                self.frames.push_back(Err(invalid(self.constraint_field, reason)));
             }
             Some(ending) => self.frame(Event::Finished(finished(ending)), usage),
         }
     }
 
     /// Takes tool calls out of the text, where the request asked for calls.
-    fn read(&mut self, text: String, ended: bool) -> Reading {
+    fn read(&mut self, text: String, ending: Option<&Ending>) -> Reading {
         let Some(reader) = &mut self.tool_calls else { return Reading { text, calls: Vec::new() } };
         let mut reading = reader.push(&text);
-        if ended {
-            reading.text.push_str(&reader.finish());
+        match ending {
+            None => {}
+            // Nobody asked for the part of a call before a stop string.
+            Some(Ending::Stop { stop_string: Some(_) }) => reading.text.push_str(&reader.finish().text),
+            Some(_) => {
+                let Reading { text, calls } = reader.finish();
+                reading.text.push_str(&text);
+                reading.calls.extend(calls);
+            }
         }
         reading
     }

@@ -27,6 +27,8 @@ pub struct ToolCallReader {
     /// Read, but not understood yet: part of a marker or of a call's opening.
     held: String,
     calls: u32,
+    /// Of a call that is told when it is whole: `None` where its parts are told as they come.
+    whole: Option<Vec<ToolCallDelta>>,
 }
 
 #[derive(Clone, Copy)]
@@ -51,7 +53,13 @@ struct Json {
 
 impl ToolCallReader {
     pub fn new(format: ToolFormat) -> ToolCallReader {
-        ToolCallReader { format, place: Place::Start, held: String::new(), calls: 0 }
+        ToolCallReader { format, place: Place::Start, held: String::new(), calls: 0, whole: None }
+    }
+
+    /// For answers that a stop string may cut: a call is told when it is whole, or at the end of the answer.
+    pub fn with_whole_calls(mut self) -> ToolCallReader {
+        self.whole = Some(Vec::new());
+        self
     }
 
     pub fn push(&mut self, piece: &str) -> Reading {
@@ -62,12 +70,13 @@ impl ToolCallReader {
         reading
     }
 
-    /// The answer is over: what looked like a block, but was none, is text.
-    pub fn finish(&mut self) -> String {
-        match self.place {
+    /// The answer is over: what looked like a block, but was none, is text; and a call is as whole as it will be.
+    pub fn finish(&mut self) -> Reading {
+        let text = match self.place {
             Place::Text => std::mem::take(&mut self.held),
             _ => String::new(),
-        }
+        };
+        Reading { text, calls: self.whole.as_mut().map(std::mem::take).unwrap_or_default() }
     }
 
     fn read(&mut self, c: char, reading: &mut Reading) {
@@ -107,21 +116,24 @@ impl ToolCallReader {
         let Some(opening) = self.held.strip_suffix(BEFORE_ARGUMENTS) else { return };
         // Before the name may stand the end of the call before it.
         let name = opening.rsplit_once(before_name).map_or("", |(_, name)| name).to_owned();
-        reading.calls.push(ToolCallDelta { index: self.calls, name, arguments: String::new() });
+        let calls = self.whole.as_mut().unwrap_or(&mut reading.calls);
+        calls.push(ToolCallDelta { index: self.calls, name, arguments: String::new() });
         self.held.clear();
         self.place = Place::Arguments(Json::default());
     }
 
     fn read_arguments(&mut self, mut json: Json, c: char, reading: &mut Reading) {
         let index = self.calls;
-        match reading.calls.last_mut().filter(|call| call.index == index) {
+        let calls = self.whole.as_mut().unwrap_or(&mut reading.calls);
+        match calls.last_mut().filter(|call| call.index == index) {
             Some(call) => call.arguments.push(c),
-            None => reading.calls.push(ToolCallDelta { index, name: String::new(), arguments: c.into() }),
+            None => calls.push(ToolCallDelta { index, name: String::new(), arguments: c.into() }),
         }
         json.read(c);
         self.place = Place::Arguments(json);
         if json.depth == 0 {
             self.calls += 1;
+            reading.calls.extend(self.whole.iter_mut().flat_map(std::mem::take));
             self.place = match self.format {
                 ToolFormat::Object => Place::End,
                 ToolFormat::Block => Place::Opening,
@@ -167,7 +179,7 @@ mod tests {
                     got[delta.index as usize].1.push_str(&delta.arguments);
                 }
             }
-            got_text.push_str(&reader.finish());
+            got_text.push_str(&reader.finish().text);
             let got: Vec<(&str, &str)> = got.iter().map(|(n, a)| (n.as_str(), a.as_str())).collect();
             assert_eq!((got_text.as_str(), got.as_slice()), (text, calls), "of {answer}");
         }
@@ -182,6 +194,18 @@ mod tests {
         check(object, call, "", &[("get-it", r#"{"a": "}\"{", "b": [{}, 1]}"#)]);
         check(object, r#"{"tool": "x", "arguments": {"a": "#, "", &[("x", r#"{"a": "#)]);
         check(object, r#"{"tool": "x", "argu"#, "", &[]);
+    }
+
+    #[test]
+    fn a_call_is_told_whole_where_a_stop_string_may_cut_it() {
+        let call =
+            |index, arguments: &str| ToolCallDelta { index, name: "a".into(), arguments: arguments.into() };
+        let mut reader = ToolCallReader::new(ToolFormat::Block).with_whole_calls();
+        let mut reading = reader.push("Hm.<tool_calls>\n{\"name\": \"a\", \"arguments\": {\"x\": 1");
+        assert_eq!((reading.text.as_str(), reading.calls.len()), ("Hm.", 0));
+        reading = reader.push("}}\n{\"name\": \"a\", \"arguments\": {\"x\"");
+        assert_eq!(reading.calls, [call(0, "{\"x\": 1}")]);
+        assert_eq!(reader.finish().calls, [call(1, "{\"x\"")]);
     }
 
     #[test]

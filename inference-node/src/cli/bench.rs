@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 const WARM_UP_TOKENS: usize = 512;
 
 /// Beyond these a figure is a typing error.
-const BATCH_MAX: usize = 4096;
+pub(super) const BATCH_MAX: usize = 4096;
 pub(super) const TOKENS_MAX: usize = 1 << 26;
 
 #[derive(Debug, clap::Args)]

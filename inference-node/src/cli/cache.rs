@@ -39,7 +39,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         return Ok(());
     }
     println!(
-        "{:16} {:>11} {:>19} {:>13} {:16} {:10} {:5} {:>9} VALID",
+        "{:16} {:>11} {:>19} {:>13} {:16} {:18} {:5} {:>9} VALID",
         "NAME", "KIND", "TOKENS", "BYTES", "MODEL", "KERNEL", "DTYPE", "AGE"
     );
     for file in &found {
@@ -133,13 +133,13 @@ fn line_of(file: &Found) -> String {
     match &file.contents {
         Err(reason) => {
             let extension = file.name.rsplit('.').next().unwrap_or_default();
-            format!("{name:16} {extension:>11} {:>19} {:>13} {:33} {age:>9} no: {reason}", "", file.bytes, "")
+            format!("{name:16} {extension:>11} {:>19} {:>13} {:41} {age:>9} no: {reason}", "", file.bytes, "")
         }
         Ok(contents) => {
             let tokens = format!("{}..{}", contents.tokens_from, contents.tokens);
             let model: String = contents.identity.model.chars().take(12).collect();
             format!(
-                "{name:16} {:>11} {tokens:>19} {:>13} {model:16} {:10} {:5} {age:>9} yes",
+                "{name:16} {:>11} {tokens:>19} {:>13} {model:16} {:18} {:5} {age:>9} yes",
                 kind_of(contents),
                 file.bytes,
                 contents.identity.kernel,

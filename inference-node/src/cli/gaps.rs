@@ -62,7 +62,12 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    ensure!(args.streams > 0, "--streams must be at least 1");
+    ensure!((1..=bench::BATCH_MAX).contains(&args.streams), "--streams must be 1 to {}", bench::BATCH_MAX);
+    ensure!(
+        args.prompt_tokens.max(args.stream_tokens_max) <= bench::TOKENS_MAX,
+        "--prompt-tokens and --stream-tokens-max must be at most {}",
+        bench::TOKENS_MAX
+    );
     ensure!(args.prompt_tokens > 0, "--prompt-tokens must be at least 1");
     ensure!(args.stream_tokens_max > 0, "--stream-tokens-max must be at least 1");
     let mut options = NodeOptions::new(&args.model);
@@ -205,6 +210,14 @@ impl std::fmt::Display for Gaps {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::Parser;
+
+    /// As the command line gives them.
+    #[derive(clap::Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: Args,
+    }
 
     #[test]
     fn percentiles_are_of_the_nearest_rank() {
@@ -214,6 +227,15 @@ mod tests {
         let one = Gaps::of(vec![ms(7)], "alone").expect("there is a gap");
         assert_eq!((one.median, one.p99, one.longest), (ms(7), ms(7), ms(7)));
         assert!(Gaps::of(Vec::new(), "alone").is_err());
+    }
+
+    #[test]
+    fn too_many_streams_are_refused_by_name() {
+        for streams in ["0", "4097"] {
+            let error = run(Line::parse_from(["gaps", "--model", "nowhere", "--streams", streams]).args)
+                .expect_err("refused");
+            assert!(error.to_string().starts_with("--streams must be 1 to 4096"), "{error}");
+        }
     }
 
     /// Through a real engine: every step that computes a part of the prompt gives each stream its token.

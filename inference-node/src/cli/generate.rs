@@ -2,6 +2,7 @@
 
 use crate::engine::Submission;
 use crate::engine::mailbox::{Ending, Usage};
+use crate::kernel::Dtype;
 use crate::node::{Node, NodeOptions};
 use crate::sampler::Sampling;
 use anyhow::{bail, ensure};
@@ -48,6 +49,10 @@ pub struct Args {
     #[arg(long)]
     ignore_eos: bool,
 
+    /// What weights are stored and multiplied as [default: bf16 where the checkpoint is bf16, else f32]
+    #[arg(long, value_enum, value_name = "DTYPE")]
+    dtype: Option<Dtype>,
+
     /// Threads that compute [default: all]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -76,6 +81,7 @@ struct Prompt {
 pub fn run(args: Args) -> anyhow::Result<()> {
     let mut options = NodeOptions::new(&args.model);
     options.slots = 1;
+    options.dtype = args.dtype;
     options.threads = args.threads.unwrap_or(options.threads);
     let node = Node::start(options)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

@@ -12,6 +12,7 @@ use anyhow::{Context, ensure};
 
 use crate::kernel::Dtype;
 use crate::model::{LoadOptions, Logits, Model, Runner, Span};
+use crate::node::name_of;
 use crate::state::{CacheLimits, StateCache};
 use crate::tokenizer::Tokenizer;
 
@@ -57,13 +58,13 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let ids = read_ids(&args.model, &args.file, model.config().vocab_size)?;
     ensure!(ids.len() > 1, "--file: {} has fewer than two tokens", args.file.display());
 
-    let kernel = model.kernel_name();
+    let (kernel, dtype) = (model.kernel_name(), model.dtype().name());
     let mut runner = Runner::new(model, options.threads);
     let score = score(&mut runner, &ids, args.window);
     let (perplexity, nats) = (score.perplexity(), score.nats / score.tokens as f64);
     if args.json {
         let fields = serde_json::json!({
-            "model": args.model, "file": args.file, "kernel": kernel, "window": args.window,
+            "model": name_of(&args.model), "file": args.file, "kernel": kernel, "dtype": dtype, "window": args.window,
             "tokens": score.tokens, "nats_per_token": nats, "perplexity": perplexity,
         });
         println!("{fields}");

@@ -2,8 +2,9 @@
 //!
 //! A grammar comes from whoever sent the request: it may be large, deep or built to explode. Its text is limited before
 //! it is read, its nesting before it is parsed, the work of compiling by llguidance's own fuel, and the wait for it by
-//! the clock. Threads have a stack that the deepest text allowed cannot exhaust.
+//! the clock: see `crew`. Threads have a stack that the deepest text allowed cannot exhaust.
 
+use super::crew::{Crew, Job, Relief};
 use super::guide::{Mask, Plan};
 use super::schema::{check_pattern, enforceable};
 use super::tools::ToolFormat;
@@ -15,9 +16,7 @@ use llguidance::toktrie::InferenceCapabilities;
 use llguidance::{Matcher, ParserFactory};
 use serde_json::{Map, Value, json};
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::mpsc::TrySendError;
 use std::time::Duration;
 use tokio::sync::oneshot;
 
@@ -30,6 +29,8 @@ pub struct ConstraintLimits {
     pub compile_threads: usize,
     /// Grammars that wait for a thread.
     pub compile_waiting_max: usize,
+    /// Threads at once that overran `compile_wait_max` and were replaced.
+    pub compile_given_up_max: usize,
 }
 
 /// Brackets open at once, in a pattern or a grammar.
@@ -40,10 +41,11 @@ const LEXER_FUEL_MAX: u64 = 1_000_000;
 const MASK_FUEL_MAX: u64 = 200_000;
 const GRAMMAR_SYMBOLS_MAX: usize = 200_000;
 const MASK_ITEMS_MAX: usize = 50_000;
-const ROW_ITEMS_MAX: usize = 2_000;
+/// An object takes about three for each property that may come next.
+const ROW_ITEMS_MAX: usize = 20_000;
 const LEXER_STATES_MAX: usize = 50_000;
-/// Only reserved; a page is used when it is touched.
-const STACK_BYTES: usize = 64 << 20;
+/// Intersections in a Lark grammar.
+const INTERSECTIONS_MAX: usize = 2;
 const REASON_CHARS_MAX: usize = 400;
 
 /// A constraint that cannot be had, and why.
@@ -63,14 +65,7 @@ pub(super) fn invalid(field: impl Into<String>, reason: impl Into<String>) -> Re
 /// Compiles constraints for one model.
 pub struct Grammars {
     limits: ConstraintLimits,
-    jobs: SyncSender<Job>,
-}
-
-struct Job {
-    constraint: Constraint,
-    resume_ids: Vec<u32>,
-    begun: oneshot::Sender<()>,
-    done: oneshot::Sender<Result<Plan, Refused>>,
+    crew: Crew,
 }
 
 impl Grammars {
@@ -81,21 +76,12 @@ impl Grammars {
         tool_format: Option<ToolFormat>,
         limits: ConstraintLimits,
     ) -> io::Result<Grammars> {
-        let compiler = Arc::new(Compiler {
+        let compiler = Compiler {
             factory: factory(tokenizer, end_of_sequence).map_err(io::Error::other)?,
             tool_format,
             source_bytes_max: limits.source_bytes_max,
-        });
-        let (jobs, queue) = sync_channel(limits.compile_waiting_max);
-        let queue = Arc::new(Mutex::new(queue));
-        for number in 0..limits.compile_threads {
-            let (compiler, queue) = (compiler.clone(), queue.clone());
-            std::thread::Builder::new()
-                .name(format!("grammar-{number}"))
-                .stack_size(STACK_BYTES)
-                .spawn(move || work(&compiler, &queue))?;
-        }
-        Ok(Grammars { limits, jobs })
+        };
+        Ok(Grammars { crew: Crew::start(compiler, &limits)?, limits })
     }
 
     /// The constraint, ready for the token after `resume_ids`.
@@ -106,38 +92,27 @@ impl Grammars {
         let field = constraint.field();
         let (begun, beginning) = oneshot::channel();
         let (done, outcome) = oneshot::channel();
-        self.jobs.try_send(Job { constraint, resume_ids, begun, done }).map_err(|error| match error {
+        // What nobody will begin takes no place in the queue.
+        if self.crew.relieve() == Relief::NobodyLeft {
+            return Err(Refused::Busy);
+        }
+        self.crew.submit(Job { constraint, resume_ids, begun, done }).map_err(|error| match error {
             TrySendError::Full(_) => Refused::Busy,
             TrySendError::Disconnected(_) => invalid(field, "cannot be compiled"),
         })?;
         let wait = self.limits.compile_wait_max;
         // Time spent behind others says nothing about this grammar.
-        if tokio::time::timeout(wait, beginning).await.is_err() {
-            return Err(Refused::Busy);
-        }
+        self.crew.begun(beginning, wait).await?;
         match tokio::time::timeout(wait, outcome).await {
             Ok(Ok(outcome)) => outcome,
             Ok(Err(_)) => Err(invalid(field, "cannot be compiled")),
             Err(_) => Err(invalid(field, format!("was not compiled within {} ms", wait.as_millis()))),
         }
     }
-}
 
-fn work(compiler: &Compiler, queue: &Mutex<Receiver<Job>>) {
-    loop {
-        // Held while waiting: the others wait for the lock instead, and one wakes for each job.
-        let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(Job { constraint, resume_ids, begun, done }) = job else { return };
-        if begun.send(()).is_err() {
-            // Nobody waits for it any more.
-            continue;
-        }
-        // A thread that died of one grammar would be missed by the next.
-        let compile = AssertUnwindSafe(|| compiler.compile(&constraint, &resume_ids));
-        let outcome =
-            catch_unwind(compile).unwrap_or_else(|_| Err(invalid(constraint.field(), "cannot be compiled")));
-        // Whoever waited for it may be gone.
-        let _ = done.send(outcome);
+    #[cfg(test)]
+    pub(super) fn given_up(&self) -> usize {
+        self.crew.given_up()
     }
 }
 
@@ -168,7 +143,7 @@ pub(super) struct Compiler {
 }
 
 impl Compiler {
-    fn compile(&self, constraint: &Constraint, resume_ids: &[u32]) -> Result<Plan, Refused> {
+    pub(super) fn compile(&self, constraint: &Constraint, resume_ids: &[u32]) -> Result<Plan, Refused> {
         let field = constraint.field();
         let bytes = constraint.source_bytes();
         if bytes > self.source_bytes_max {
@@ -185,6 +160,7 @@ impl Compiler {
             }
             Constraint::Lark(grammar) => {
                 check_nesting(grammar, true, field)?;
+                check_lark(grammar).map_err(|reason| invalid(field, reason))?;
                 self.matcher(TopLevelGrammar::from_lark(grammar.clone()))
             }
             Constraint::ToolCalls(calls) => {
@@ -195,7 +171,7 @@ impl Compiler {
             }
         };
         let matcher = matcher.map_err(|reason| invalid(field, reason))?;
-        Plan::new(matcher, resume_ids)
+        Plan::new(matcher, resume_ids, field)
     }
 
     /// Compiled, and its first mask computed: what explodes, explodes here.
@@ -264,10 +240,39 @@ fn check_nesting(text: &str, quotes: bool, field: &str) -> Result<(), Refused> {
     }
 }
 
+/// What in a grammar would pass by the checks of a schema, change llguidance's own settings, or cost too much to
+/// intersect. Looked for in all of the text: whatever a comment or a literal hides from one reader, another may find.
+fn check_lark(grammar: &str) -> Result<(), String> {
+    for (directive, instead) in [("%json", "send a schema as json_schema"), ("%llguidance", "leave it out")] {
+        if grammar.contains(directive) {
+            return Err(format!(
+                "holds {directive}, which is not taken: {instead}; in a literal, write % as \\x25"
+            ));
+        }
+    }
+    match grammar.matches('&').count() {
+        0..=INTERSECTIONS_MAX => Ok(()),
+        count => Err(format!(
+            "holds {count} of &, which multiply each other's work; at most {INTERSECTIONS_MAX} are taken; in a \
+             literal, write & as \\x26"
+        )),
+    }
+}
+
 /// llguidance's words, without what is only of use to its authors.
 pub(super) fn reason(error: &str) -> String {
     if error.starts_with("panic") {
         return "cannot be compiled".to_owned();
+    }
+    if error.contains("coerce_one_of") {
+        return "is refused: the alternatives of a oneOf must exclude each other by type or by a required constant; \
+                write anyOf where it does not matter that they overlap"
+            .to_owned();
+    }
+    if error.contains("determine if regex is empty") {
+        return "holds a pattern that is too complex together with the lengths, the format or the pattern that it meets: \
+                join them into one pattern"
+            .to_owned();
     }
     let plain = error.split("\n<").next().unwrap_or(error).trim();
     let mut reason: String = plain.chars().take(REASON_CHARS_MAX).collect();

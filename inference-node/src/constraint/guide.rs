@@ -13,7 +13,7 @@ pub struct Mask(SimpleVob);
 
 impl Mask {
     pub(super) fn of(matcher: &mut Matcher) -> Result<Mask, &'static str> {
-        matcher.compute_mask().map(Mask).map_err(|_| failure(matcher.stop_reason()))
+        matcher.compute_mask().map(Mask).map_err(|error| failure(&error.to_string()))
     }
 
     pub fn bits(&self) -> &[u32] {
@@ -21,11 +21,12 @@ impl Mask {
     }
 }
 
-fn failure(reason: StopReason) -> &'static str {
-    match reason {
-        StopReason::LexerTooComplex | StopReason::ParserTooComplex => "became too complex to follow",
-        StopReason::NoExtensionBias => "reached a place where no token of this model fits",
-        _ => "could not be followed",
+/// A mask that cannot be computed, and an allowed token that leads nowhere, are matters of llguidance's limits; by then it
+/// has forgotten the cause, but for its words.
+fn failure(error: &str) -> &'static str {
+    match error.contains(&StopReason::NoExtensionBias.to_string()) {
+        true => "reached a place where no token of this model fits",
+        false => "became too complex to follow: allow less, or nest fewer repetitions",
     }
 }
 
@@ -38,7 +39,7 @@ pub struct Plan {
 
 impl Plan {
     /// Replays what was generated elsewhere.
-    pub(super) fn new(mut matcher: Matcher, resume_ids: &[u32]) -> Result<Plan, Refused> {
+    pub(super) fn new(mut matcher: Matcher, resume_ids: &[u32], field: &str) -> Result<Plan, Refused> {
         for (index, &id) in resume_ids.iter().enumerate() {
             if matcher.is_stopped() || matcher.consume_token(id).is_err() {
                 let reason = "is a token that the constraint does not allow there";
@@ -47,7 +48,7 @@ impl Plan {
         }
         let mask = match matcher.is_stopped() {
             true => None,
-            false => Some(Mask::of(&mut matcher).map_err(|reason| invalid("constraint", reason))?),
+            false => Some(Mask::of(&mut matcher).map_err(|reason| invalid(field, reason))?),
         };
         Ok(Plan { matcher, mask })
     }
@@ -106,7 +107,7 @@ impl Guide {
     pub fn consume(&mut self, id: u32) -> Result<(), &'static str> {
         self.mask = None;
         let matcher = self.matcher.as_mut().expect("it is here while its mask is");
-        matcher.consume_token(id).map_err(|_| failure(matcher.stop_reason()))?;
+        matcher.consume_token(id).map_err(|error| failure(&error.to_string()))?;
         self.complete = matcher.is_stopped();
         Ok(())
     }

@@ -9,6 +9,7 @@
 //!                                 "additionalProperties": false}
 //! ```
 
+use super::{numbers, patterns};
 use regex_syntax::ast::parse::Parser;
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, HashSet};
@@ -30,6 +31,7 @@ const PLAIN: &str = r#"[^"\\\x00-\x1F\x7F]"#;
 pub(super) fn enforceable(schema: &Value) -> Result<Value, String> {
     let mut walk = Walk::default();
     let rewritten = walk.schema(schema, "")?;
+    patterns::check(schema)?;
     for (at, target) in &walk.references {
         if !walk.places.contains(target) {
             return Err(refusal(at, &format!("leads to no schema within this one: {target}")));
@@ -82,6 +84,8 @@ impl Walk {
                 kept.insert(keyword.clone(), value);
             }
         }
+        numbers::rewrite_bounds(&mut kept)
+            .map_err(|(keyword, reason)| refusal(&join(path, keyword), &reason))?;
         self.object(kept, path).map(Value::Object)
     }
 
@@ -110,6 +114,7 @@ impl Walk {
                 check_pattern(value.as_str().unwrap_or_default()).map_err(|reason| refusal(&at, &reason))?;
                 value.clone()
             }
+            "const" | "enum" if !numbers::is_exact(value) => return Err(refusal(&at, &numbers::inexact())),
             "$schema" | "$anchor" | "const" | "enum" | "type" | "required" | "format" | "minLength"
             | "maxLength" | "minItems" | "maxItems" | "minProperties" | "maxProperties" | "minimum"
             | "maximum" | "exclusiveMinimum" | "exclusiveMaximum" => value.clone(),
@@ -141,10 +146,18 @@ impl Walk {
             return Err(refusal(&at, "must lead to a schema within this one, and begin with #"));
         };
         // Any other fragment is the name of an anchor, which llguidance looks for among schemas only.
-        if fragment.is_empty() || fragment.starts_with('/') {
-            self.references.push((at, percent_decoded(fragment)));
+        if !fragment.is_empty() && !fragment.starts_with('/') {
+            return Ok(value.clone());
         }
-        Ok(value.clone())
+        let pointer = percent_decoded(fragment);
+        // llguidance takes names as they stand between the slashes.
+        let names: Vec<String> =
+            pointer.split('/').map(|name| name.replace("~1", "/").replace("~0", "~")).collect();
+        if names.iter().any(|name| name.contains('/')) {
+            return Err(refusal(&at, "leads through a name with a slash, which is not taken: rename it"));
+        }
+        self.references.push((at, pointer));
+        Ok(format!("#{}", names.join("/")).into())
     }
 
     fn divisor(&mut self, value: &Value, at: String) -> Result<Value, String> {
@@ -292,7 +305,7 @@ fn join(path: &str, name: &str) -> String {
 }
 
 /// A fragment as the pointer that it stands for; what is no UTF-8 leads nowhere.
-fn percent_decoded(fragment: &str) -> String {
+pub(super) fn percent_decoded(fragment: &str) -> String {
     let mut parts = fragment.split('%');
     let mut bytes = parts.next().unwrap_or_default().as_bytes().to_vec();
     for part in parts {
@@ -351,6 +364,10 @@ mod tests {
 
         check(json!({"$ref": "#/$defs/a%20b", "$defs": {"a b": {}}}), Ok(()));
         check(json!({"$ref": "#", "$anchor": "a"}), Ok(()));
+        check(
+            json!({"$ref": "#/$defs/a~1b", "$defs": {"a/b": {}}}),
+            Err("/$ref leads through a name with a slash"),
+        );
         check(json!({"$ref": "#/x-ours", "x-ours": {"odd": 1}}), Err("/$ref leads to no schema"));
         check(json!({"items": {"$ref": "#/const"}, "const": {"odd": 1}}), Err("/items/$ref leads"));
         check(json!({"$ref": "https://example.com/a.json"}), Err("/$ref must lead"));

@@ -53,6 +53,18 @@ pub(super) fn constraint(constraint: Option<&proto::Constraint>) -> Result<Optio
     }))
 }
 
+/// Where a constraint came from, in the contract.
+pub(super) fn constraint_field(constraint: Option<&proto::Constraint>) -> &'static str {
+    match constraint.and_then(|constraint| constraint.kind.as_ref()) {
+        Some(Kind::JsonSchema(_)) => "constraint.json_schema",
+        Some(Kind::JsonObject(_)) => "constraint.json_object",
+        Some(Kind::Regex(_)) => "constraint.regex",
+        Some(Kind::Lark(_)) => "constraint.lark",
+        Some(Kind::ToolCalls(_)) => "constraint.tool_calls.tools_json",
+        None => "constraint",
+    }
+}
+
 fn tool_calls(calls: &proto::ToolCalls) -> Result<ToolCalls, Status> {
     let choice = match proto::ToolChoice::try_from(calls.choice) {
         Ok(proto::ToolChoice::Unspecified | proto::ToolChoice::Auto) => ToolChoice::Auto,

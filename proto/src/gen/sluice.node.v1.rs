@@ -261,7 +261,10 @@ pub mod constraint {
         /// A JSON schema: the output is one JSON value that is valid under it. Unknown and unsupported keywords are refused,
         /// but for annotations; so are references to another document, multipleOf beyond 1,000 (without its decimal point)
         /// and minProperties that is not met by required properties. Beside declared properties, additional ones have names
-        /// that JSON writes without escapes; beside patternProperties there are none.
+        /// that JSON writes without escapes; beside patternProperties there are none. At most two
+        /// patterns and formats may apply to one string. Bounds beyond 2^53 - 1 that exclude nothing else exclude what is beyond;
+        /// other numbers beyond are refused. An exclusive bound that is a whole number also excludes what is within 1e-9 of it (of
+        /// seven digits and more: within a unit of its 15th digit).
         #[prost(string, tag = "1")]
         JsonSchema(::prost::alloc::string::String),
         /// Any JSON object.
@@ -270,7 +273,7 @@ pub mod constraint {
         /// A regular expression (Rust's syntax, without look-around and back-references) that the whole output matches.
         #[prost(string, tag = "3")]
         Regex(::prost::alloc::string::String),
-        /// A context-free grammar in the Lark syntax of llguidance.
+        /// A context-free grammar in the Lark syntax of llguidance, without %json and %llguidance, and with at most two of &.
         #[prost(string, tag = "4")]
         Lark(::prost::alloc::string::String),
         /// Calls of declared tools, in the format that the model's chat template teaches.
@@ -371,7 +374,10 @@ pub struct Finished {
     #[prost(string, tag = "2")]
     pub stop_string: ::prost::alloc::string::String,
 }
-/// Classes do not overlap: input + cached input is the whole prompt.
+/// Of the whole request: with `resume_ids`, what was computed elsewhere counts as it did there, so that the last usage
+/// replaces all before it. Classes do not overlap. From the first output token on, input + cached input is the whole
+/// prompt; a sequence that ends before has as much as was computed of it, and the last token of a prompt is computed
+/// together with the first token of output.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Usage {
     #[prost(uint64, tag = "1")]

@@ -28,6 +28,8 @@ pub enum FolderError {
         path.display()
     )]
     Open { path: PathBuf, mode: u32 },
+    #[error("{} is a file: name a folder, or one that is not there yet", path.display())]
+    File { path: PathBuf },
     #[error("{} is used by another node: give each node a folder of its own", path.display())]
     Taken { path: PathBuf },
 }
@@ -84,6 +86,9 @@ impl Folder {
         shape: StateShape,
     ) -> Result<Folder, FolderError> {
         let io = |source| FolderError::Io { path: dir.to_owned(), source };
+        if dir.is_file() {
+            return Err(FolderError::File { path: dir.to_owned() });
+        }
         DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(io)?;
         close_to_others(dir)?;
         let lock = File::options()
