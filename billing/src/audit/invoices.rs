@@ -238,8 +238,10 @@ impl Checks {
             of(|kind| kind == LineKind::Adjustment).into_iter().map(charge_of).collect();
         let mut sums: BTreeMap<String, i64> = BTreeMap::new();
         for charge in &adjustments {
-            *sums.entry(ledger::revenue(&charge.sku)).or_default() += charge.exact.pico();
-            *sums.entry(ledger::customer(&invoice.account)).or_default() -= charge.exact.pico();
+            let revenue = sums.entry(ledger::revenue(&charge.sku)).or_default();
+            *revenue = revenue.saturating_add(charge.exact.pico());
+            let customer = sums.entry(ledger::customer(&invoice.account)).or_default();
+            *customer = customer.saturating_sub(charge.exact.pico());
         }
         let expect = present(sums);
         let reference = ledger::volume_of(invoice.period);
@@ -310,8 +312,8 @@ impl Checks {
             paid += pico(payment.amount_pico).into();
             let expect = present([
                 (ledger::customer(&account), payment.net_pico),
-                (ledger::receivable(&account), payment.amount_pico - payment.net_pico),
-                (ledger::FUNDING.to_owned(), -payment.amount_pico),
+                (ledger::receivable(&account), payment.amount_pico.saturating_sub(payment.net_pico)),
+                (ledger::FUNDING.to_owned(), payment.amount_pico.saturating_neg()),
             ]);
             let found = ledger::transaction(conn, payment.transaction_id).await?;
             let same = found.as_ref().is_some_and(|found| {
@@ -322,13 +324,13 @@ impl Checks {
         for note in settle::notes(conn, number).await? {
             paid += pico(note.applied_pico).into();
             noted += pico(note.amount_pico).into();
-            let refund = note.amount_pico - note.applied_pico;
+            let refund = note.amount_pico.saturating_sub(note.applied_pico);
             let expect = present([
                 (ledger::customer(&account), note.net_pico),
-                (ledger::receivable(&account), note.applied_pico - note.net_pico),
+                (ledger::receivable(&account), note.applied_pico.saturating_sub(note.net_pico)),
                 (ledger::REFUND.to_owned(), refund),
-                (ledger::TAX.to_owned(), -note.tax_pico),
-                (ledger::CREDIT_NOTE.to_owned(), note.tax_pico - note.amount_pico),
+                (ledger::TAX.to_owned(), note.tax_pico.saturating_neg()),
+                (ledger::CREDIT_NOTE.to_owned(), note.tax_pico.saturating_sub(note.amount_pico)),
             ]);
             let found = ledger::transaction(conn, note.transaction_id).await?;
             let same = found.as_ref().is_some_and(|found| {
@@ -336,8 +338,10 @@ impl Checks {
             });
             self.settled.expect(same, || format!("the credit note {} is {found:?}", note.number));
             let refunded = ledger::posted(conn, &account, "refund", &note.number).await?;
-            let expect =
-                present([(ledger::customer(&account), refund), (ledger::REFUND.to_owned(), -refund)]);
+            let expect = present([
+                (ledger::customer(&account), refund),
+                (ledger::REFUND.to_owned(), refund.saturating_neg()),
+            ]);
             self.settled.expect(refunded == expect, || {
                 format!("the credit note {} gives back {expect:?}, posted was {refunded:?}", note.number)
             });

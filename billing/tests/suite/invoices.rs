@@ -34,6 +34,7 @@ on_both!(
     what_is_closed_cannot_be_changed,
     less_than_half_a_cent_is_not_asked_for,
     several_closers_close_a_month_once,
+    tiers_give_back_at_the_close_and_late_usage_moves_them,
 );
 
 pub fn month(text: &str) -> Period {
@@ -410,6 +411,53 @@ async fn several_closers_close_a_month_once() {
     let numbers: Vec<_> = closed.iter().map(|closed| closed.invoice.clone().expect("an invoice")).collect();
     assert_eq!(numbers, vec!["INV-000001"; 4]);
     assert_eq!(closed.iter().filter(|closed| closed.now).count(), 1);
+    world.assert_clean().await;
+}
+
+/// The first thousand input tokens of a month cost 0.003 dollars each, the others 0.001.
+const TIERS: &str = r#"
+    currency = "USD"
+    effective_from = "2026-02-01T00:00:00Z"
+    price = [
+        { model = "m", meter = "input", scheme = "graduated", tiers = [{ up_to = 1000, usd_per_million = "3000" }, { usd_per_million = "1000" }] },
+        { model = "m", meter = "cached_input", usd_per_million = "1000" },
+        { model = "m", meter = "output", usd_per_million = "5000" },
+    ]
+"#;
+
+async fn tiers_give_back_at_the_close_and_late_usage_moves_them() {
+    let world = postpaid(100).await;
+    let book = sluice_billing::PriceBook::from_toml(TIERS).expect("the prices are valid");
+    world.billing.apply_price_book(&book).await.expect("prices apply");
+    world.credit(20 * USD).await;
+    for account in ["later", "acme"] {
+        used(&world, account, START, 1_000, 0).await;
+        used(&world, account, START, 1_000, 0).await;
+    }
+    let march = close(&world, "later", "2026-03", APRIL).await.expect("an invoice");
+    let expect = [
+        (LineKind::Usage, "m.input".to_owned(), 600),
+        (LineKind::Adjustment, "m.input, volume of the month".to_owned(), -200),
+        (LineKind::Tax, "VAT 19 %".to_owned(), 76),
+    ];
+    assert_eq!(lines(&march), expect);
+    assert_eq!(owed(&world, "later").await, -4 * USD);
+    let statement = close(&world, "acme", "2026-03", APRIL).await.expect("a statement");
+    assert_eq!(statement.open, Money::ZERO);
+    assert_eq!(owed(&world, "acme").await, 16 * USD);
+    // 500 more of March: rated at the first tier, due at the second.
+    used(&world, "later", datetime!(2026-03-31 23:00 UTC), 500, 0).await;
+    let april = close(&world, "later", "2026-04", datetime!(2026-05-01 06:00 UTC)).await.expect("an invoice");
+    let expect = [
+        (LineKind::LateUsage, "m.input, late usage of 2026-03".to_owned(), 150),
+        (LineKind::Adjustment, "m.input, volume of 2026-03".to_owned(), -100),
+    ];
+    assert_eq!(lines(&april)[..2], expect);
+    assert_eq!(april.open, pico(60 * CENT));
+    for number in [march.invoice.number, april.invoice.number] {
+        pay(&world, &number, None).await.unwrap();
+    }
+    assert_eq!(owed(&world, "later").await, 0);
     world.assert_clean().await;
 }
 
