@@ -9,7 +9,7 @@ use std::{
 
 use sluice_billing::{
     AccountId, AccountKind, AdmitRequest, Billing, BillingLimits, BillingOptions, CreditGrant, Database,
-    DatabaseOptions, FinishReason, Media, Money, Outcome, PICO_PER_USD, PriceBook, RequestId, ServiceTier,
+    DatabaseOptions, FinishReason, Money, Outcome, PICO_PER_USD, PriceBook, RequestId, ServiceTier,
 };
 use tempfile::TempDir;
 use time::OffsetDateTime;
@@ -67,7 +67,6 @@ async fn billed() -> TempDir {
                 service_tier: ServiceTier::Default,
                 input_tokens: 100,
                 output_tokens_max: 64,
-                media_max: Media::default(),
                 admitted_at: OffsetDateTime::now_utc(),
             };
             let outcome = Outcome {
@@ -76,8 +75,6 @@ async fn billed() -> TempDir {
                 input_tokens: 60,
                 cached_input_tokens: 40,
                 output_tokens: number as u64 % 64,
-                reasoning_tokens: 0,
-                media: Media::default(),
                 finish_reason: FinishReason::Stop,
                 node: "node".into(),
                 time_to_first_token_ms: Some(7),
