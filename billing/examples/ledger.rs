@@ -176,9 +176,9 @@ async fn open(folder: &TempDir, server: Option<&String>, limits: BillingLimits) 
             let admin = Database::open(server, &options).await?;
             let statement = sqlx::AssertSqlSafe(format!("CREATE DATABASE {name}"));
             match admin.read().await?.raw() {
-                Raw::Postgres(conn) => drop(sqlx::raw_sql(statement).execute(conn).await?),
+                Raw::Postgres(conn) => sqlx::raw_sql(statement).execute(conn).await?,
                 Raw::Sqlite(_) => return Err("--postgres takes a postgres:// URL".into()),
-            }
+            };
             let (before, after) =
                 server.split_at(server.find("/postgres?").ok_or("the URL names /postgres?")?);
             format!("{before}/{name}{}", &after["/postgres".len()..])

@@ -201,6 +201,7 @@ async fn each_statement_can_be_the_last() {
             break;
         }
     }
+    println!("died after each of {} statements", statements - 5);
     assert!(statements > STATEMENTS_MIN, "only {statements} statements were counted");
 }
 

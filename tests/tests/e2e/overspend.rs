@@ -99,6 +99,7 @@ async fn a_thousand_streams(platform: Platform, purse: Purse) {
         assert_eq!((bill.prompt_tokens(), bill.output_tokens), *usage, "{request_id}");
     }
     let spent: i64 = new.iter().map(|(_, bill)| bill.cost_pico).sum();
+    println!("{} of {STREAMS} streams were answered, {spent} of {left_before} pico-USD spent", new.len());
     assert!(spent <= left_before, "{spent} of {left_before} spent");
     assert_eq!(left(&platform, purse, &customer, limit).await, left_before - spent);
     let tokens: u64 = new.iter().map(|(_, bill)| bill.prompt_tokens() + bill.output_tokens).sum();
