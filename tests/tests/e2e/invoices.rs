@@ -9,14 +9,17 @@ use sluice_tests::{Cluster, Signal, assert_error, pytest};
 use time::{Duration, OffsetDateTime};
 use uuid::Uuid;
 
-/// A book from before the one that the server wrote, which stays in force.
-const OLD_PRICES: &str = r#"
+/// A book that follows the one which the server wrote, and has its model too.
+const LATER_PRICES: &str = r#"
     currency = "USD"
-    effective_from = "2020-01-01T00:00:00Z"
+    effective_from = "2026-01-02T00:00:00Z"
     price = [
         { model = "m", meter = "input", usd_per_million = "300" },
         { model = "m", meter = "cached_input", usd_per_million = "100" },
         { model = "m", meter = "output", usd_per_million = "500" },
+        { model = "sluice-demo", meter = "input", usd_per_million = "1" },
+        { model = "sluice-demo", meter = "cached_input", usd_per_million = "1" },
+        { model = "sluice-demo", meter = "output", usd_per_million = "1" },
     ]
 "#;
 
@@ -38,7 +41,7 @@ async fn use_last_month(cluster: &Cluster, at: OffsetDateTime) {
         limits: BillingLimits::default(),
     };
     let billing = Billing::open_at(options, Clock::new(move || at)).await.expect("billing");
-    let book = PriceBook::from_toml(OLD_PRICES).expect("prices");
+    let book = PriceBook::from_toml(LATER_PRICES).expect("prices");
     billing.apply_price_book(&book).await.expect("prices apply");
     for project in ["proj-default", "Köln"] {
         let request = AdmitRequest {
