@@ -12,4 +12,5 @@ mod notices;
 mod prices;
 mod receipts;
 mod support;
+mod upgrade;
 mod writes;
