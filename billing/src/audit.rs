@@ -15,13 +15,13 @@ use crate::{
     credit,
     database::Conn,
     error::BillingError,
-    event::{AccountId, ServiceTier},
+    event::AccountId,
     fund::Fund,
     lease, ledger,
     money::{Money, Total},
-    price::{PriceBookHash, cost},
+    price::cost,
     ship,
-    usage::{self, EventRow, RollupRow, UsageQuery},
+    usage::{self, RollupRow, ShippedRow, UsageQuery},
 };
 
 /// Rows read at a time.
@@ -120,7 +120,7 @@ impl Books {
         checks.push(sequences(conn, &events).await?);
         checks.push(grants(conn, &entries).await?);
         accounts(conn, &entries, &mut checks).await?;
-        checks.push(budgets(conn).await?);
+        checks.push(budgets(conn, &events).await?);
         invoices::check(conn, &mut checks).await?;
         snapshot.rollback().await?;
         Ok(Audit { checks })
@@ -148,9 +148,9 @@ async fn events(conn: &mut Conn, checks: &mut Vec<Check>) -> Result<Events, Bill
     loop {
         let page = usage::events_after(conn, after, PAGE).await?;
         let Some(last) = page.last() else { break };
-        after = last.ordinal;
-        for event in &page {
-            let repriced = sums.add(&catalog, event);
+        after = last.event.ordinal;
+        for shipped in &page {
+            let (repriced, event) = (sums.add(&catalog, shipped), &shipped.event);
             derives.expect(repriced == Ok(Money::from_pico(event.cost_pico)), || {
                 format!(
                     "request {} says {}, derives {repriced:?}",
@@ -166,11 +166,11 @@ async fn events(conn: &mut Conn, checks: &mut Vec<Check>) -> Result<Events, Bill
 
 impl Events {
     /// Adds an event to every sum; returns its cost, derived again.
-    fn add(&mut self, catalog: &Catalog, event: &EventRow) -> Result<Money, String> {
-        let sequence = self.sequences.entry(event.epoch.clone()).or_default();
+    fn add(&mut self, catalog: &Catalog, shipped: &ShippedRow) -> Result<Money, String> {
+        let ShippedRow { event, epoch, seq } = shipped;
+        let sequence = self.sequences.entry(epoch.clone()).or_default();
         sequence.count += 1;
-        sequence.max = sequence.max.max(event.seq);
-        let quantities = event.quantities();
+        sequence.max = sequence.max.max(*seq);
         let key = [
             usage::day_of(event.admitted_at_ms),
             event.account.clone(),
@@ -193,13 +193,7 @@ impl Events {
         for (sum, part) in self.rollups.entry(key).or_default().iter_mut().zip(counts) {
             *sum += i128::from(part);
         }
-        let hash = PriceBookHash::from_stored(event.price_book.clone());
-        let book = catalog.get(&hash).map_err(|error| error.to_string())?;
-        let account = AccountId::new(event.account.clone());
-        let tier =
-            ServiceTier::parse(&event.service_tier).ok_or_else(|| "an unknown service tier".to_owned())?;
-        let lines = book.price(&account, &event.model, tier, &quantities);
-        let lines = lines.map_err(|error| error.to_string())?;
+        let lines = event.lines(event.book(catalog).map_err(|error| error.to_string())?)?;
         for line in lines.iter().filter(|line| line.amount != Money::ZERO) {
             let key =
                 (event.account.clone(), ship::minute_of(event.admitted_at_ms), ledger::revenue(&line.sku));
@@ -323,21 +317,19 @@ async fn accounts(conn: &mut Conn, entries: &Entries, checks: &mut Vec<Check>) -
     Ok(())
 }
 
-/// Rollups were compared with the events above, so what a budget has spent is compared with them.
-async fn budgets(conn: &mut Conn) -> Result<Check, BillingError> {
+async fn budgets(conn: &mut Conn, events: &Events) -> Result<Check, BillingError> {
     let mut check = Check::new("every budget's spending = fold of the events in its window");
-    let rows = usage::rollups(conn, &UsageQuery::default()).await?;
     for window in budget::windows(conn).await? {
-        let in_scope = |row: &&RollupRow| {
+        let in_scope = |[day, _, org, project, api_key, _]: &[String; 6]| {
             let id = match window.scope.as_str() {
-                "org" => &row.org,
-                "project" => &row.project,
-                _ => &row.api_key,
+                "org" => org,
+                "project" => project,
+                _ => api_key,
             };
-            *id == window.scope_id && row.day >= window.from_day && row.day < window.to_day
+            *id == window.scope_id && *day >= window.from_day && *day < window.to_day
         };
-        let folded: Total = rows.iter().filter(in_scope).map(|row| Money::from_pico(row.cost_pico)).sum();
-        let spent = Total::from_pico(window.spent_pico.into());
+        let costs = events.rollups.iter().filter(|(key, _)| in_scope(key)).map(|(_, [.., cost])| *cost);
+        let (folded, spent) = (Total::from_pico(costs.sum()), Total::from_pico(window.spent_pico.into()));
         check.expect(folded == spent, || format!("{}: {spent} is not {folded}", window.fund));
     }
     Ok(check)

@@ -135,7 +135,21 @@ impl Books {
 
     /// Every budget with the window that `at` falls in.
     pub async fn budgets(&self, at: OffsetDateTime) -> Result<Vec<BudgetStatus>, BillingError> {
-        budget::statuses(&mut *self.database.snapshot().await?, at).await
+        let mut snapshot = self.database.snapshot().await?;
+        let mut statuses = Vec::new();
+        for budget in budget::all(&mut snapshot).await? {
+            statuses.push(budget::status(&mut snapshot, budget, at).await?);
+        }
+        Ok(statuses)
+    }
+
+    /// The budget in force with this id, with the window that `at` falls in.
+    pub async fn budget(&self, id: &str, at: OffsetDateTime) -> Result<Option<BudgetStatus>, BillingError> {
+        let mut snapshot = self.database.snapshot().await?;
+        match budget::get(&mut snapshot, id).await? {
+            Some(budget) => budget::status(&mut snapshot, budget, at).await.map(Some),
+            None => Ok(None),
+        }
     }
 
     async fn write(&self) -> Result<Tx, BillingError> {

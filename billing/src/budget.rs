@@ -15,7 +15,9 @@ use sqlx::FromRow;
 use time::{Date, Month, OffsetDateTime};
 
 use crate::{
-    args, counter,
+    args,
+    clock::moment_ms,
+    counter,
     database::Conn,
     error::BillingError,
     event::{AccountId, UsageEvent},
@@ -150,8 +152,7 @@ impl Budget {
 
 impl Window {
     pub fn of_event(budget: &Budget, event: &UsageEvent) -> Window {
-        let at = OffsetDateTime::from_unix_timestamp_nanos(i128::from(event.admitted_at_ms) * 1_000_000);
-        budget.window(at.unwrap_or(OffsetDateTime::UNIX_EPOCH))
+        budget.window(moment_ms(event.admitted_at_ms))
     }
 }
 
@@ -244,25 +245,37 @@ pub(crate) async fn all(conn: &mut Conn) -> Result<Vec<Budget>, BillingError> {
     Ok(rows.into_iter().map(BudgetRow::into_budget).collect())
 }
 
-/// Each budget with the window that `at` falls in.
-pub(crate) async fn statuses(conn: &mut Conn, at: OffsetDateTime) -> Result<Vec<BudgetStatus>, BillingError> {
-    let mut statuses = Vec::new();
-    for budget in all(conn).await? {
-        let window = budget.window(at);
-        let row: Option<(i64, i64)> = conn
-            .fetch_optional(
-                "SELECT spent_pico, leased_pico FROM budget_windows WHERE fund = $1",
-                args![&budget.fund(&window).to_string()],
-            )
-            .await?;
-        let (spent, leased) = match row {
-            Some(row) => row,
-            None => (spent_before(conn, &budget, &window).await?, 0),
-        };
-        let (spent, leased) = (Money::from_pico(spent), Money::from_pico(leased));
-        statuses.push(BudgetStatus { budget, from: window.from, to: window.to, spent, leased });
-    }
-    Ok(statuses)
+/// The budget in force with this id.
+pub(crate) async fn get(conn: &mut Conn, id: &str) -> Result<Option<Budget>, BillingError> {
+    let row: Option<BudgetRow> = conn
+        .fetch_optional(
+            "SELECT id, scope, scope_id, period, limit_pico, hard, thresholds FROM budgets \
+             WHERE deleted_s IS NULL AND id = $1",
+            args![id],
+        )
+        .await?;
+    Ok(row.map(BudgetRow::into_budget))
+}
+
+/// A budget with the window that `at` falls in.
+pub(crate) async fn status(
+    conn: &mut Conn,
+    budget: Budget,
+    at: OffsetDateTime,
+) -> Result<BudgetStatus, BillingError> {
+    let window = budget.window(at);
+    let row: Option<(i64, i64)> = conn
+        .fetch_optional(
+            "SELECT spent_pico, leased_pico FROM budget_windows WHERE fund = $1",
+            args![&budget.fund(&window).to_string()],
+        )
+        .await?;
+    let (spent, leased) = match row {
+        Some(row) => row,
+        None => (spent_before(conn, &budget, &window).await?, 0),
+    };
+    let (spent, leased) = (Money::from_pico(spent), Money::from_pico(leased));
+    Ok(BudgetStatus { budget, from: window.from, to: window.to, spent, leased })
 }
 
 /// Makes the window's row, with what its scope has spent in it already. Takes part in the order of events, so none is

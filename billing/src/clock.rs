@@ -1,4 +1,4 @@
-//! The wall clock, passed in: leases expire by it.
+//! The wall clock, passed in: leases expire by it. And stored numbers as moments.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -18,13 +18,28 @@ impl Clock {
         Clock(Arc::new(now))
     }
 
+    pub(crate) fn now(&self) -> OffsetDateTime {
+        (self.0)()
+    }
+
     pub(crate) fn now_s(&self) -> i64 {
-        (self.0)().unix_timestamp()
+        self.now().unix_timestamp()
     }
 
     pub(crate) fn expiry_s(&self, ttl: Duration) -> i64 {
         self.now_s().saturating_add(i64::try_from(ttl.as_secs()).unwrap_or(i64::MAX))
     }
+}
+
+/// A moment in seconds since 1970; 1970 itself where the calendar has none.
+pub(crate) fn moment_s(at_s: i64) -> OffsetDateTime {
+    OffsetDateTime::from_unix_timestamp(at_s).unwrap_or(OffsetDateTime::UNIX_EPOCH)
+}
+
+/// A moment in milliseconds since 1970; 1970 itself where the calendar has none.
+pub(crate) fn moment_ms(at_ms: i64) -> OffsetDateTime {
+    OffsetDateTime::from_unix_timestamp_nanos(i128::from(at_ms) * 1_000_000)
+        .unwrap_or(OffsetDateTime::UNIX_EPOCH)
 }
 
 impl fmt::Debug for Clock {

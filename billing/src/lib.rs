@@ -97,7 +97,6 @@ pub use receipt::{
     Mismatch, RECEIPT_BYTES_MAX, Receipt, ReceiptError, ReceiptKey, ReceiptKeyError, ReceiptKeys,
     ReceiptSigner,
 };
-use time::OffsetDateTime;
 use tokio::{
     sync::{mpsc, oneshot},
     task::JoinHandle,
@@ -619,8 +618,7 @@ impl Shared {
         };
         if !slice.told_exhausted.swap(true, Ordering::Relaxed) {
             let told = async {
-                let at = OffsetDateTime::from_unix_timestamp(self.clock.now_s());
-                let at = at.unwrap_or(OffsetDateTime::UNIX_EPOCH);
+                let at = self.clock.now();
                 let mut tx = self.books.database.write().await?;
                 budget::exhausted(&mut tx, budget, window, account, at).await?;
                 Ok::<(), BillingError>(tx.commit().await?)

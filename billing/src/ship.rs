@@ -16,7 +16,6 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use time::OffsetDateTime;
 use tokio::{
     sync::{mpsc, oneshot},
     time::Instant,
@@ -28,7 +27,7 @@ use crate::{
     args,
     budget::{self, Budget, Window},
     catalog::{self, Catalog},
-    clock::Clock,
+    clock::{Clock, moment_ms, moment_s},
     counter,
     database::{Conn, Database},
     error::BillingError,
@@ -290,14 +289,14 @@ async fn post_batch(
     batch: &[(i64, UsageEvent)],
 ) -> Result<Posted, BillingError> {
     // In one order with whoever else posts, so that no two wait for each other.
-    counter::take(conn, "event", 0).await?;
+    let first = counter::take(conn, "event", 0).await?;
     counter::take(conn, "transaction", 0).await?;
     let budgets = budget::all(conn).await?;
     let mut windows = windows_of(&budgets, batch);
     for Counting { budget, window, .. } in windows.values() {
         budget::ensure_window(conn, budget, window).await?;
     }
-    let refused = usage::record(conn, epoch, batch).await?;
+    let refused = usage::record(conn, epoch, batch, first).await?;
     let mut posted = Posted::default();
     let mut minutes: BTreeMap<(AccountId, i64), BTreeMap<String, Total>> = BTreeMap::new();
     for (seq, event) in batch {
@@ -382,8 +381,7 @@ async fn spend(
             }
             (Fund::Budget(_), Some(Counting { budget, window, spent, account })) => {
                 let spent = spent.to_money().ok_or_else(overflow)?;
-                let at = OffsetDateTime::from_unix_timestamp(at_s).unwrap_or(OffsetDateTime::UNIX_EPOCH);
-                budget::spend(conn, budget, window, spent, drawn, (account, at)).await?;
+                budget::spend(conn, budget, window, spent, drawn, (account, moment_s(at_s))).await?;
             }
             // A budget that is no longer in force.
             (Fund::Budget(_), None) => fund.give_back(conn, drawn).await?,
@@ -430,9 +428,7 @@ async fn raise_alerts(
         }
     }
     for (account, (stopped_at, ended_ms)) in accounts {
-        let at = OffsetDateTime::from_unix_timestamp_nanos(i128::from(ended_ms) * 1_000_000);
-        let at = at.unwrap_or(OffsetDateTime::UNIX_EPOCH);
-        alert::check(conn, account, Change::Spent { stopped_at }, at).await?;
+        alert::check(conn, account, Change::Spent { stopped_at }, moment_ms(ended_ms)).await?;
     }
     Ok(())
 }

@@ -17,7 +17,7 @@ use crate::{
     error::BillingError,
     event::{AccountId, Quantities, RequestId, ServiceTier, UsageEvent},
     money::{Money, Total},
-    price::{Line, PriceBookHash, cost},
+    price::{Line, PriceBook, PriceBookHash, cost},
 };
 
 /// Smaller batches are not worth a stream of their own.
@@ -162,13 +162,14 @@ fn stored(count: u64) -> i64 {
 }
 
 /// Writes the events of a batch and adds them to the rollup; returns the numbers of those whose request id has a bill
-/// already. They are only kept as evidence, and must not be posted.
+/// already. They are only kept as evidence, and must not be posted. `first` is the next number of the counter `event`,
+/// whose row the caller holds.
 pub(crate) async fn record(
     conn: &mut Conn,
     epoch: &str,
     batch: &[(i64, UsageEvent)],
+    first: i64,
 ) -> Result<BTreeSet<i64>, BillingError> {
-    let first = counter::take(conn, "event", 0).await?;
     let refused = match copy_in(conn, epoch, batch, first).await? {
         true => BTreeSet::new(),
         false => insert_each(conn, epoch, batch, first).await?,
@@ -188,9 +189,24 @@ pub(crate) async fn record(
     Ok(refused)
 }
 
-const EVENT_COLUMNS: &str = "request_id, epoch, seq, ordinal, account, org, project, api_key, end_user, model, service_tier, \
-     node, input_tokens, cached_input_tokens, output_tokens, reasoning_tokens, characters, seconds, images, \
-     overrun_tokens, finish_reason, time_to_first_token_ms, duration_ms, admitted_at_ms, price_book, cost_pico";
+/// What an event is written with; `concat!` takes literals only.
+macro_rules! written_columns {
+    () => {
+        "request_id, epoch, seq, ordinal, account, org, project, api_key, end_user, model, service_tier, node, \
+         input_tokens, cached_input_tokens, output_tokens, reasoning_tokens, characters, seconds, images, \
+         overrun_tokens, finish_reason, time_to_first_token_ms, duration_ms, admitted_at_ms, price_book, cost_pico"
+    };
+}
+
+/// What an [`EventRow`] is read from.
+macro_rules! event_columns {
+    () => {
+        "request_id, ordinal, account, org, project, api_key, model, service_tier, input_tokens, \
+         cached_input_tokens, output_tokens, reasoning_tokens, characters, seconds, images, admitted_at_ms, \
+         price_book, cost_pico"
+    };
+}
+pub(crate) use event_columns;
 
 /// PostgreSQL takes a whole batch in one stream; false if it is not one, or if a bill of the batch is a second one.
 async fn copy_in(
@@ -225,8 +241,8 @@ async fn copy_in(
 }
 
 async fn copy_text(postgres: &mut PgConnection, text: &str) -> Result<(), sqlx::Error> {
-    let statement = format!("COPY usage_events ({EVENT_COLUMNS}) FROM STDIN");
-    let mut copy = postgres.copy_in_raw(&statement).await?;
+    let statement = concat!("COPY usage_events (", written_columns!(), ") FROM STDIN");
+    let mut copy = postgres.copy_in_raw(statement).await?;
     copy.send(text.as_bytes()).await?;
     copy.finish().await.map(drop)
 }
@@ -335,11 +351,12 @@ async fn insert(
     let [input, cached, output, reasoning, characters, seconds, images, overrun] = row.counts;
     let inserted = conn
         .execute(
-            "INSERT INTO usage_events (request_id, epoch, seq, ordinal, account, org, project, api_key, end_user, model, \
-             service_tier, node, input_tokens, cached_input_tokens, output_tokens, reasoning_tokens, characters, \
-             seconds, images, overrun_tokens, finish_reason, time_to_first_token_ms, duration_ms, admitted_at_ms, \
-             price_book, cost_pico) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, \
-             $18, $19, $20, $21, $22, $23, $24, $25, $26) ON CONFLICT (request_id) DO NOTHING",
+            concat!(
+                "INSERT INTO usage_events (",
+                written_columns!(),
+                ") VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, \
+                 $22, $23, $24, $25, $26) ON CONFLICT (request_id) DO NOTHING"
+            ),
             args![
                 &row.request_id,
                 epoch,
@@ -449,12 +466,10 @@ pub(crate) fn fold(rows: Vec<RollupRow>, group_by: &[UsageGroup]) -> Vec<UsageRo
         .collect()
 }
 
-/// An event as the audit reads it back: what its price and its sums follow from.
-#[derive(FromRow)]
+/// An event as it is read back: what its price and its sums follow from.
+#[derive(Debug, FromRow)]
 pub(crate) struct EventRow {
     pub request_id: String,
-    pub epoch: String,
-    pub seq: i64,
     pub ordinal: i64,
     pub account: String,
     pub org: String,
@@ -474,6 +489,15 @@ pub(crate) struct EventRow {
     pub cost_pico: i64,
 }
 
+/// An event with its place in the outbox that it came from.
+#[derive(FromRow)]
+pub(crate) struct ShippedRow {
+    #[sqlx(flatten)]
+    pub event: EventRow,
+    pub epoch: String,
+    pub seq: i64,
+}
+
 impl EventRow {
     pub fn quantities(&self) -> Quantities {
         Quantities {
@@ -486,6 +510,19 @@ impl EventRow {
             images: self.images.unsigned_abs(),
         }
     }
+
+    /// The book that it was priced by.
+    pub fn book<'a>(&self, catalog: &'a Catalog) -> Result<&'a PriceBook, BillingError> {
+        Ok(catalog.get(&PriceBookHash::from_stored(self.price_book.clone()))?)
+    }
+
+    /// Its lines, priced again; why not, in words. Whether they come to its cost, whoever asks has to see.
+    pub fn lines(&self, book: &PriceBook) -> Result<Vec<Line>, String> {
+        let tier = ServiceTier::parse(&self.service_tier);
+        let tier = tier.ok_or_else(|| format!("an unknown service tier {}", self.service_tier))?;
+        let account = AccountId::new(self.account.clone());
+        book.price(&account, &self.model, tier, &self.quantities()).map_err(|error| error.to_string())
+    }
 }
 
 /// Up to `limit` events after `ordinal`, in the order in which they were committed.
@@ -493,12 +530,14 @@ pub(crate) async fn events_after(
     conn: &mut Conn,
     ordinal: i64,
     limit: i64,
-) -> Result<Vec<EventRow>, BillingError> {
+) -> Result<Vec<ShippedRow>, BillingError> {
     Ok(conn
         .fetch_all(
-            "SELECT request_id, epoch, seq, ordinal, account, org, project, api_key, model, service_tier, input_tokens, \
-             cached_input_tokens, output_tokens, reasoning_tokens, characters, seconds, images, admitted_at_ms, \
-             price_book, cost_pico FROM usage_events WHERE ordinal > $1 ORDER BY ordinal LIMIT $2",
+            concat!(
+                "SELECT epoch, seq, ",
+                event_columns!(),
+                " FROM usage_events WHERE ordinal > $1 ORDER BY ordinal LIMIT $2"
+            ),
             args![ordinal, limit],
         )
         .await?)
@@ -516,22 +555,16 @@ pub(crate) struct BillRow {
 pub(crate) async fn bill(conn: &mut Conn, request_id: RequestId) -> Result<Option<BillRow>, BillingError> {
     Ok(conn
         .fetch_optional(
-            "SELECT request_id, epoch, seq, ordinal, account, org, project, api_key, model, service_tier, input_tokens, \
-             cached_input_tokens, output_tokens, reasoning_tokens, characters, seconds, images, admitted_at_ms, \
-             price_book, cost_pico, finish_reason FROM usage_events WHERE request_id = $1",
+            concat!("SELECT finish_reason, ", event_columns!(), " FROM usage_events WHERE request_id = $1"),
             args![request_id.to_string().as_str()],
         )
         .await?)
 }
 
-/// Prices an event again from its quantities and its book.
+/// The lines of an event, which come to its cost.
 pub(crate) fn lines_of(catalog: &Catalog, event: &EventRow) -> Result<Vec<Line>, BillingError> {
     let corrupt = |why: String| BillingError::Corrupt { table: "usage_events", source: why.into() };
-    let book = catalog.get(&PriceBookHash::from_stored(event.price_book.clone()))?;
-    let tier = ServiceTier::parse(&event.service_tier);
-    let tier = tier.ok_or_else(|| corrupt(format!("request {}: unknown service tier", event.request_id)))?;
-    let account = AccountId::new(event.account.clone());
-    let lines = book.price(&account, &event.model, tier, &event.quantities());
+    let lines = event.lines(event.book(catalog)?);
     let lines = lines.map_err(|error| corrupt(format!("request {}: {error}", event.request_id)))?;
     if cost(&lines).map(Money::pico) != Some(event.cost_pico) {
         return Err(corrupt(format!(
@@ -553,10 +586,11 @@ pub(crate) async fn events_of(
 ) -> Result<Vec<EventRow>, BillingError> {
     Ok(conn
         .fetch_all(
-            "SELECT request_id, epoch, seq, ordinal, account, org, project, api_key, model, service_tier, input_tokens, \
-             cached_input_tokens, output_tokens, reasoning_tokens, characters, seconds, images, admitted_at_ms, \
-             price_book, cost_pico FROM usage_events WHERE account = $1 AND ordinal > $2 AND ordinal <= $3 \
-             ORDER BY ordinal LIMIT $4",
+            concat!(
+                "SELECT ",
+                event_columns!(),
+                " FROM usage_events WHERE account = $1 AND ordinal > $2 AND ordinal <= $3 ORDER BY ordinal LIMIT $4"
+            ),
             args![account.as_str(), after, through, limit],
         )
         .await?)

@@ -86,8 +86,10 @@ async fn of_org(app: &App, org_id: &str) -> Result<Vec<BudgetStatus>, ApiError> 
 }
 
 async fn find(app: &App, org_id: &str, id: &str) -> Result<BudgetStatus, ApiError> {
-    let found = of_org(app, org_id).await?.into_iter().find(|status| status.budget.id == id);
-    found.ok_or_else(|| ApiError::NotFound { what: "budget", id: id.to_owned() })
+    let nobody = || ApiError::NotFound { what: "budget", id: id.to_owned() };
+    let found = app.billing.books().budget(id, OffsetDateTime::now_utc()).await?.ok_or_else(nobody)?;
+    let owner = tenancy(app).org_of(found.budget.scope, &found.budget.scope_id).await?;
+    if owner.as_deref() == Some(org_id) { Ok(found) } else { Err(nobody()) }
 }
 
 fn read(body: &Fields<'_>) -> Result<Budget, ApiError> {

@@ -21,7 +21,9 @@ use self::burndown::{BurnDown, Movement, Terms};
 use crate::{
     Books,
     alert::{self, Change},
-    args, counter,
+    args,
+    clock::moment_s,
+    counter,
     database::Conn,
     error::BillingError,
     event::AccountId,
@@ -255,7 +257,7 @@ async fn expire(conn: &mut Conn, grant: &GrantRow, now_s: i64) -> Result<Option<
     )
     .await?;
     if expired != Money::ZERO {
-        let at = OffsetDateTime::from_unix_timestamp(now_s).unwrap_or(OffsetDateTime::UNIX_EPOCH);
+        let at = moment_s(now_s);
         alert::check(conn, &expiry.account, Change::Spent { stopped_at: None }, at).await?;
     }
     Ok(Some(expiry))

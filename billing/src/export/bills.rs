@@ -1,4 +1,4 @@
-//! The datasets `usage` (a row a bill) and `cost` (a row a bill and SKU), and the one place where bills are priced again.
+//! The datasets `usage` (a row a bill) and `cost` (a row a bill and SKU), and the lines of a bill.
 
 use super::{
     ExportError,
@@ -7,9 +7,8 @@ use super::{
 };
 use crate::{
     catalog::Catalog,
-    event::{AccountId, Quantities, ServiceTier},
     money::Money,
-    price::{Line, PriceBookHash, cost},
+    price::{Line, cost},
 };
 
 /// The only currency that prices are written in.
@@ -75,27 +74,13 @@ pub(crate) static COST: Table = Table {
 /// The lines of a bill, derived from its quantities and price book. What does not come to the amount that was billed is
 /// refused: an export is a statement, and the audit has to look first.
 pub(crate) fn lines(catalog: &Catalog, event: &EventFact) -> Result<Vec<Line>, ExportError> {
-    let quantities = Quantities {
-        input_tokens: event.input_tokens.unsigned_abs(),
-        cached_input_tokens: event.cached_input_tokens.unsigned_abs(),
-        output_tokens: event.output_tokens.unsigned_abs(),
-        reasoning_tokens: event.reasoning_tokens.unsigned_abs(),
-        characters: event.characters.unsigned_abs(),
-        seconds: event.seconds.unsigned_abs(),
-        images: event.images.unsigned_abs(),
-    };
     let billed = Money::from_pico(event.cost_pico);
     let not_derived = |derived: String| ExportError::NotDerived {
         request_id: event.request_id.clone(),
         billed: billed.to_string(),
         derived,
     };
-    let book = catalog.get(&PriceBookHash::from_stored(event.price_book.clone()))?;
-    let tier = ServiceTier::parse(&event.service_tier);
-    let tier = tier.ok_or_else(|| not_derived(format!("no service tier {}", event.service_tier)))?;
-    let account = AccountId::new(event.account.clone());
-    let lines = book.price(&account, &event.model, tier, &quantities);
-    let lines = lines.map_err(|error| not_derived(error.to_string()))?;
+    let lines = event.lines(event.book(catalog)?).map_err(not_derived)?;
     match cost(&lines) {
         Some(derived) if derived == billed => Ok(lines),
         derived => Err(not_derived(derived.map_or("too much".to_owned(), |derived| derived.to_string()))),

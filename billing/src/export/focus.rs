@@ -20,7 +20,7 @@
 
 use std::{borrow::Cow, collections::HashMap};
 
-use time::{Date, Month, OffsetDateTime, Time};
+use time::{Date, Month, Time};
 
 use super::{
     bills::CURRENCY,
@@ -28,8 +28,10 @@ use super::{
     table::{Cell, Column, Kind, Table, column},
 };
 use crate::{
+    clock::moment_s,
     money::PICO_PER_USD,
     price::{Line, Meter},
+    usage::EventRow,
 };
 
 const HOUR_MS: i64 = 3_600_000;
@@ -244,7 +246,7 @@ impl Charges {
     }
 
     pub fn add(&mut self, event: &EventFact, lines: &[Line]) {
-        let EventFact { account, org, project, api_key, model, service_tier, price_book, .. } = event;
+        let EventRow { account, org, project, api_key, model, service_tier, price_book, .. } = &**event;
         let texts = [account, org, project, api_key, model, service_tier, price_book];
         let [account, org, project, api_key, model, tier, book] = texts.map(|text| self.number(text));
         let hour_ms = event.admitted_at_ms.div_euclid(HOUR_MS) * HOUR_MS;
@@ -433,8 +435,7 @@ impl Charge {
 
 /// The billing period: the calendar month, UTC, as its first moment and the next month's.
 fn month_of(at_ms: i64) -> (i64, i64) {
-    let at =
-        OffsetDateTime::from_unix_timestamp(at_ms.div_euclid(1_000)).unwrap_or(OffsetDateTime::UNIX_EPOCH);
+    let at = moment_s(at_ms.div_euclid(1_000));
     let first_ms = |year: i32, month: Month| {
         let first = Date::from_calendar_date(year, month, 1).expect("every month has a first day");
         first.with_time(Time::MIDNIGHT).assume_utc().unix_timestamp() * 1_000

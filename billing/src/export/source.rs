@@ -3,10 +3,17 @@
 //! A further source (invoice lines, taxes, credit notes) is a variant of [`Source`], a page of [`Page`], and how its rows
 //! look in [`super::focus`]. Each has its own range in the manifest.
 
+use std::ops::Deref;
+
 use sqlx::FromRow;
 
 use super::ExportFilter;
-use crate::{args, database::Conn, error::BillingError};
+use crate::{
+    args,
+    database::Conn,
+    error::BillingError,
+    usage::{EventRow, event_columns},
+};
 
 /// Facts read at a time.
 const PAGE: i64 = 4_096;
@@ -25,32 +32,25 @@ pub(crate) enum Page {
     CreditGrants(Vec<GrantFact>),
 }
 
+/// A bill with all that it says.
 #[derive(Debug, FromRow)]
 pub(crate) struct EventFact {
-    pub ordinal: i64,
-    pub request_id: String,
-    pub account: String,
-    pub org: String,
-    pub project: String,
-    pub api_key: String,
+    #[sqlx(flatten)]
+    event: EventRow,
     pub end_user: String,
-    pub model: String,
     pub node: String,
-    pub service_tier: String,
-    pub input_tokens: i64,
-    pub cached_input_tokens: i64,
-    pub output_tokens: i64,
-    pub reasoning_tokens: i64,
-    pub characters: i64,
-    pub seconds: i64,
-    pub images: i64,
     pub overrun_tokens: i64,
     pub finish_reason: String,
     pub time_to_first_token_ms: Option<i64>,
     pub duration_ms: i64,
-    pub admitted_at_ms: i64,
-    pub price_book: String,
-    pub cost_pico: i64,
+}
+
+impl Deref for EventFact {
+    type Target = EventRow;
+
+    fn deref(&self) -> &EventRow {
+        &self.event
+    }
 }
 
 #[derive(Debug, FromRow)]
@@ -97,12 +97,13 @@ impl Source {
         Ok(match self {
             Source::UsageEvents => Page::UsageEvents(
                 conn.fetch_all(
-                    "SELECT ordinal, request_id, account, org, project, api_key, end_user, model, node, service_tier, \
-                     input_tokens, cached_input_tokens, output_tokens, reasoning_tokens, characters, seconds, images, \
-                     overrun_tokens, finish_reason, time_to_first_token_ms, duration_ms, admitted_at_ms, price_book, \
-                     cost_pico FROM usage_events WHERE ordinal > $1 AND ordinal <= $2 \
-                     AND admitted_at_ms >= $3 AND admitted_at_ms < $4 AND ($5 IS NULL OR account = $5) \
-                     AND ($6 IS NULL OR org = $6) ORDER BY ordinal LIMIT $7",
+                    concat!(
+                        "SELECT end_user, node, overrun_tokens, finish_reason, time_to_first_token_ms, duration_ms, ",
+                        event_columns!(),
+                        " FROM usage_events WHERE ordinal > $1 AND ordinal <= $2 \
+                         AND admitted_at_ms >= $3 AND admitted_at_ms < $4 AND ($5 IS NULL OR account = $5) \
+                         AND ($6 IS NULL OR org = $6) ORDER BY ordinal LIMIT $7"
+                    ),
                     args![after, through, from_ms, to_ms, account, org, PAGE],
                 )
                 .await?,

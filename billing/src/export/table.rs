@@ -2,7 +2,7 @@
 
 use std::{borrow::Cow, collections::BTreeMap};
 
-use time::OffsetDateTime;
+use crate::clock::moment_ms;
 
 /// What a column holds, in every format the same value.
 ///
@@ -160,8 +160,7 @@ impl RowTotals {
 
 /// `2026-01-31T23:59:59.123Z`, or without the milliseconds.
 pub(crate) fn push_moment(out: &mut Vec<u8>, at_ms: i64, with_ms: bool) {
-    let at = OffsetDateTime::from_unix_timestamp_nanos(i128::from(at_ms) * 1_000_000)
-        .unwrap_or(OffsetDateTime::UNIX_EPOCH);
+    let at = moment_ms(at_ms);
     let (year, month, day) = (at.year(), u8::from(at.month()), at.day());
     let (hour, minute, second) = at.time().as_hms();
     push_two(out, (year / 100).clamp(0, 99) as u8);

@@ -16,7 +16,7 @@ use super::{
     store::ClosedRow,
 };
 use crate::{
-    catalog::Catalog,
+    catalog::{self, Catalog},
     database::Conn,
     error::BillingError,
     event::AccountId,
@@ -53,6 +53,7 @@ pub(crate) struct Gathered {
     read_through: i64,
     /// The first event of a later month.
     next_month: Option<i64>,
+    catalog: Catalog,
 }
 
 /// The charges of a month, before credit and tax.
@@ -79,7 +80,8 @@ type SkuSums = BTreeMap<(String, String), u64>;
 
 impl Gathered {
     pub fn new(window: Window) -> Gathered {
-        Gathered { window, sums: Sums::default(), read_through: window.after, next_month: None }
+        let (sums, catalog) = (Sums::default(), Catalog::default());
+        Gathered { window, sums, read_through: window.after, next_month: None, catalog }
     }
 
     /// Reads on, up to a number. Those that are not posted yet are read by a later call.
@@ -89,7 +91,9 @@ impl Gathered {
         account: &AccountId,
         through: i64,
     ) -> Result<(), BillingError> {
-        let catalog = Catalog::load(conn).await?;
+        if catalog::has_grown(conn, &self.catalog).await? {
+            self.catalog = Catalog::load(conn).await?;
+        }
         loop {
             let page = usage::events_of(conn, account, self.read_through, through, PAGE).await?;
             let Some(last) = page.last() else { return Ok(()) };
@@ -99,7 +103,7 @@ impl Gathered {
                 if month > self.window.period {
                     self.next_month = self.next_month.or(Some(event.ordinal));
                 } else if month == self.window.period || event.ordinal > self.window.last_close {
-                    self.sums.add(&catalog, account, event, month)?;
+                    self.sums.add(&self.catalog, account, event, month)?;
                 }
             }
         }
@@ -113,9 +117,8 @@ impl Gathered {
         through: i64,
     ) -> Result<MonthCharges, BillingError> {
         self.read(conn, account, through).await?;
-        let Gathered { window, sums, next_month, .. } = self;
+        let Gathered { window, sums, next_month, catalog, .. } = self;
         let usage = usage_charges(sums.charged, window.period, account)?;
-        let catalog = Catalog::load(conn).await?;
         let mut adjustments = Vec::new();
         for (month, used) in &sums.months {
             let before = match *month == window.period {

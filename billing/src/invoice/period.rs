@@ -5,6 +5,8 @@ use std::{fmt, str::FromStr};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use time::{Date, Month, OffsetDateTime};
 
+use crate::clock::moment_s;
+
 /// Years that a period may lie in. All their moments fit every clock and column.
 const YEARS: std::ops::RangeInclusive<i32> = 1970..=9998;
 
@@ -32,8 +34,7 @@ impl Period {
     }
 
     pub(crate) fn of_second(at_s: i64) -> Period {
-        let epoch = OffsetDateTime::UNIX_EPOCH;
-        Period::containing(OffsetDateTime::from_unix_timestamp(at_s).unwrap_or(epoch))
+        Period::containing(moment_s(at_s))
     }
 
     pub(crate) fn of_ms(at_ms: i64) -> Period {
